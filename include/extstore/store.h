@@ -1,0 +1,329 @@
+/*
+ * The store: open, create, read, write, flush, check.  This header is the
+ * manual of the storage engine; docs/architecture.md tells how it works inside.
+ *
+ * A store keeps compressed clusters of disk images in the pages of a
+ * log-structured device (extstore/device.h).  It owns its worker threads,
+ * which start when it is opened or created and end when it is closed.
+ *
+ * Acknowledgement contract
+ * - A completed write is visible to every later read of that image.  It may be
+ *   lost in a crash, sector by sector, until it is flushed.
+ * - A completed flush (or write with BALE_FUA) means that everything completed
+ *   before the flush was submitted survives SIGKILL, a crash of the system and
+ *   a power cut, on a device that honours its own flush.
+ * - A completed create, resize, set_backing, clear or checkpoint is durable.
+ * - Damage is answered with -EIO and a report, never with wrong data.
+ * - A full store answers -ENOSPC, to the request that found no room.
+ * - The first failed device flush or write-back poisons the open store: from
+ *   then on writes and flushes fail with -EIO, and reads serve verified data
+ *   only, until the store was closed and opened again.
+ *
+ * Threads
+ * - Requests (read, write, zero, flush) may be submitted from any thread and
+ *   never block.  Their completion runs once, on an engine or device thread or
+ *   inside the submitting call, with no engine lock held; it must not block.
+ * - All other functions may block on the device.  They must not be called from
+ *   a completion, nor from a thread that the device needs for its completions.
+ * - bale_image_status and the getters neither block nor do device I/O, except
+ *   that status may wait for a part of the index to be loaded once.
+ *
+ * Units: offsets and lengths are bytes.  Requests have any alignment and must
+ * lie inside the image (-EINVAL else).
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#ifndef BALE_EXTSTORE_STORE_H
+#define BALE_EXTSTORE_STORE_H
+
+#include <glib.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "extstore/codec.h"
+#include "extstore/device.h"
+
+typedef struct BaleStore BaleStore;
+typedef struct BaleImage BaleImage;
+
+/* Completion of a request; @ret is 0 or a negative errno. */
+typedef void BaleDone(void *opaque, int ret);
+
+/* --- limits and defaults (docs/format.md, "Caps") --- */
+
+#define BALE_CLUSTER_SIZE_MIN     4096u
+#define BALE_CLUSTER_SIZE_MAX     (2u << 20)
+#define BALE_CLUSTER_SIZE_DEFAULT 65536u
+#define BALE_PAGE_SIZE_UNIT       (2ull << 20)  /* a page is a multiple */
+#define BALE_PAGE_SIZE_MAX        (1ull << 30)
+#define BALE_PAGE_SIZE_DEFAULT    (64ull << 20)
+#define BALE_PAGE_CLUSTERS_MIN    4u    /* page_size >= 4 * cluster_size */
+#define BALE_IMAGE_CLUSTERS_MAX   (1ull << 40)
+#define BALE_IMAGE_SIZE_MAX       (1ull << 60)
+#define BALE_BACKING_NAME_MAX     4095u /* bytes without the final NUL */
+#define BALE_IMAGE_NAME_MAX       255u
+
+/* Error domain of open, create and check. */
+#define BALE_STORE_ERROR (bale_store_error_quark())
+GQuark bale_store_error_quark(void);
+typedef enum BaleStoreErrorCode {
+    BALE_STORE_ERROR_NOT_A_STORE, /* no superblock there: -EINVAL */
+    BALE_STORE_ERROR_UNSUPPORTED, /* newer version, unknown feature: -ENOTSUP */
+    BALE_STORE_ERROR_CORRUPT,     /* damaged beyond opening: -EIO */
+    BALE_STORE_ERROR_INVALID,     /* an option out of range: -EINVAL */
+    BALE_STORE_ERROR_IO,          /* the device failed: -EIO */
+    BALE_STORE_ERROR_NO_SPACE,    /* -ENOSPC */
+    BALE_STORE_ERROR_NO_MEMORY,   /* -ENOMEM */
+    BALE_STORE_ERROR_READ_ONLY,   /* -EROFS */
+} BaleStoreErrorCode;
+
+/* The negative errno that fits @err, as listed above; -EIO for others. */
+int bale_error_to_errno(const GError *err);
+
+/* --- creating and opening --- */
+
+typedef struct BaleCreateOptions {
+    uint64_t size;           /* of the unnamed image, bytes */
+    uint32_t cluster_size;   /* bytes, power of two; 0: default */
+    uint64_t page_size;      /* bytes, multiple of 2 MiB; 0: default */
+    BaleCodec codec;         /* for new clusters of the image */
+    int level;               /* of the codec; 0: the codec's default */
+    const char *backing_file;   /* borrowed; NULL: none.  Opaque to the engine,
+                                 * which never opens it. */
+    const char *backing_format; /* borrowed; NULL: not given */
+} BaleCreateOptions;
+
+/* Check @o without touching a device.  False with @errp set if out of range. */
+bool bale_create_options_check(const BaleCreateOptions *o, GError **errp);
+
+/*
+ * Write an empty store with one unnamed image to @dev, durably.  @dev is
+ * borrowed.  What was on the device before is lost, but only once the options
+ * have been checked.
+ */
+bool bale_store_create(BaleDevice *dev, const BaleCreateOptions *o,
+                       GError **errp);
+
+/* Called once per open store, from an engine thread, when it is poisoned. */
+typedef void BaleFailedNotify(void *opaque, const char *reason);
+
+/* Called from an engine thread when damage is found while serving a request. */
+typedef void BaleDamageNotify(void *opaque, const char *what);
+
+typedef struct BaleOpenOptions {
+    bool read_only;
+    unsigned workers;        /* compression threads; 0: one for each core */
+    uint64_t cache_size;     /* bytes of decompressed clusters kept; 0: none;
+                              * BALE_CACHE_SIZE_DEFAULT is a good start */
+    BaleFailedNotify *failed; /* optional */
+    BaleDamageNotify *damage; /* optional */
+    void *notify_opaque;
+} BaleOpenOptions;
+
+#define BALE_CACHE_SIZE_DEFAULT (16ull << 20)
+#define BALE_WORKERS_MAX 256u
+
+/*
+ * Open the store on @dev.  @dev is transferred on success only: it is closed
+ * by bale_store_close().  Nothing is written to the device before the first
+ * write request.  A store that was not closed cleanly is recovered by a scan.
+ */
+BaleStore *bale_store_open(BaleDevice *dev, const BaleOpenOptions *o,
+                           GError **errp);
+
+/*
+ * Flush, write what makes the next open quick, close the device, end the
+ * threads, free @store.  No request is under way and no image is open.  False
+ * with @errp set if not everything could be made durable; @store is gone all
+ * the same, and the next open recovers what a flush had acknowledged.
+ */
+bool bale_store_close(BaleStore *store, GError **errp);
+
+/*
+ * The same without destroying @store: afterwards the device holds a cleanly
+ * closed store.  The next write request opens it for writing again.
+ */
+bool bale_store_checkpoint(BaleStore *store, GError **errp);
+
+/*
+ * Change between reading and writing.  To read-only: checkpoints first.  The
+ * caller makes sure that the device accepts writes.  No write is under way.
+ */
+bool bale_store_set_read_only(BaleStore *store, bool read_only, GError **errp);
+
+/* True if first bytes of a device could belong to a store (probing). */
+bool bale_store_probe(const void *buf, size_t len);
+
+/* --- information --- */
+
+typedef struct BaleStoreInfo {
+    uint8_t uuid[16];
+    uint32_t version;
+    uint32_t cluster_size;
+    uint64_t page_size;
+    uint64_t generation;      /* of the newest superblock */
+    bool clean;               /* was closed cleanly when opened */
+    bool corrupt;             /* the corrupt bit is set */
+    bool read_only;
+    bool poisoned;
+    uint64_t recovered_records; /* taken from a scan at this open */
+    uint64_t torn_bytes;        /* dropped behind the barriers at this open */
+    uint64_t damaged_records;   /* found at this open, below a barrier */
+} BaleStoreInfo;
+
+void bale_store_get_info(BaleStore *store, BaleStoreInfo *info);
+
+#define BALE_HIST_BUCKETS 40
+
+typedef struct BaleStoreStats {
+    /* log regions, bytes appended since the open: tail >= sealed >= durable */
+    uint64_t tail_bytes, sealed_bytes, stable_bytes, durable_bytes;
+    uint64_t pages_free, pages_active, pages_sealed, pages_freeing;
+    uint64_t live_bytes, used_bytes;   /* live records; allocated pages */
+    uint64_t records_appended, zero_records;
+    uint64_t logical_bytes;            /* guest bytes compressed */
+    uint64_t stored_bytes;             /* record bytes appended for them */
+    uint64_t segments, padding_bytes, flushes, device_flushes;
+    uint64_t reads, read_bytes, writes, write_bytes, zeroes, zero_bytes;
+    uint64_t read_modify_writes, cache_hits, cache_misses, readahead;
+    uint64_t memory_hits;              /* reads served from write buffers */
+    uint64_t incompressible;           /* clusters stored as they are */
+    uint64_t checksum_errors;
+    uint64_t checkpoints, checkpoint_bytes;
+    uint64_t index_entries, index_bytes;
+    uint64_t write_buffers, write_buffers_waits;
+    uint64_t read_ns[BALE_HIST_BUCKETS], write_ns[BALE_HIST_BUCKETS];
+    uint64_t flush_ns[BALE_HIST_BUCKETS];  /* bucket i: below 2^(i+1) ns */
+} BaleStoreStats;
+
+void bale_store_get_stats(BaleStore *store, BaleStoreStats *stats);
+void bale_store_reset_stats(BaleStore *store);
+/* The device that @store owns; borrowed, valid until close. */
+BaleDevice *bale_store_device(BaleStore *store);
+
+/* --- images --- */
+
+typedef struct BaleImageInfo {
+    uint64_t size;            /* bytes */
+    uint32_t cluster_size;    /* bytes */
+    BaleCodec codec;
+    int level;
+    uint32_t layer;
+    bool has_backing_file;
+    char name[BALE_IMAGE_NAME_MAX + 1];
+    char backing_file[BALE_BACKING_NAME_MAX + 1];
+    char backing_format[64];
+    uint64_t allocated_clusters; /* that hold a record (data or zero) */
+} BaleImageInfo;
+
+/*
+ * Open the image @name; NULL is the unnamed one.  Close it with
+ * bale_image_close() when no request on it is under way.
+ */
+BaleImage *bale_image_open(BaleStore *store, const char *name, GError **errp);
+void bale_image_close(BaleImage *image);
+void bale_image_get_info(BaleImage *image, BaleImageInfo *info);
+uint64_t bale_image_size(BaleImage *image);
+
+/*
+ * Reads what lies under the image where it has no cluster of its own.  The
+ * engine calls it, from any thread, for reads of unallocated clusters and to
+ * complete partial writes; it must not block, and calls @done once.  Bytes past
+ * the end of what lies under are zeroes.  Without one they are all zeroes.
+ */
+typedef void BaleBackingRead(void *opaque, uint64_t offset, void *buf,
+                             size_t len, BaleDone *done, void *done_opaque);
+void bale_image_set_backing_read(BaleImage *image, BaleBackingRead *read,
+                                 void *opaque);
+
+typedef enum BaleRequestFlags {
+    BALE_FUA     = 1 << 0, /* durable when it completes */
+    BALE_DISCARD = 1 << 1, /* zero: where nothing lies under the image, drop
+                            * the clusters instead of marking them zero */
+} BaleRequestFlags;
+
+/*
+ * Requests.  @iov and the memory behind it are borrowed until @done; the sum
+ * of the lengths is the length of the request.
+ */
+void bale_image_read(BaleImage *image, uint64_t offset,
+                     const struct iovec *iov, int iovcnt, BaleDone *done,
+                     void *opaque);
+void bale_image_write(BaleImage *image, uint64_t offset,
+                      const struct iovec *iov, int iovcnt, unsigned flags,
+                      BaleDone *done, void *opaque);
+/* Make [@offset, @offset + @len) read as zeroes. */
+void bale_image_zero(BaleImage *image, uint64_t offset, uint64_t len,
+                     unsigned flags, BaleDone *done, void *opaque);
+void bale_store_flush(BaleStore *store, BaleDone *done, void *opaque);
+
+typedef enum BaleClusterStatus {
+    BALE_CLUSTER_UNALLOCATED, /* what lies under it shows through */
+    BALE_CLUSTER_ZERO,
+    BALE_CLUSTER_DATA,
+} BaleClusterStatus;
+
+/*
+ * The status at @offset (inside the image), and in *@run how many of the @len
+ * bytes from there have the same one (at least 1).  0 or a negative errno.
+ */
+int bale_image_status(BaleImage *image, uint64_t offset, uint64_t len,
+                      BaleClusterStatus *status, uint64_t *run);
+
+/* Blocking forms for threads that may wait. */
+int bale_image_read_sync(BaleImage *image, uint64_t offset, void *buf,
+                         size_t len);
+int bale_image_write_sync(BaleImage *image, uint64_t offset, const void *buf,
+                          size_t len, unsigned flags);
+int bale_image_zero_sync(BaleImage *image, uint64_t offset, uint64_t len,
+                         unsigned flags);
+int bale_store_flush_sync(BaleStore *store);
+
+/*
+ * Blocking and durable when they return true.  Resizing down drops what is cut
+ * off: growing again shows zeroes there, even over a backing file.  The caller
+ * has no write to the cut range under way.
+ */
+bool bale_image_resize(BaleImage *image, uint64_t size, GError **errp);
+bool bale_image_set_backing(BaleImage *image, const char *backing_file,
+                            const char *backing_format, GError **errp);
+/* Drop all clusters: the whole image shows what lies under it. */
+bool bale_image_clear(BaleImage *image, GError **errp);
+
+/* --- check --- */
+
+typedef enum BaleCheckFlags {
+    BALE_CHECK_DATA     = 1 << 0, /* read and verify every record's payload */
+    BALE_CHECK_FIX_LEAKS = 1 << 1,
+    BALE_CHECK_FIX_ALL  = 1 << 2, /* rebuild the index by scan, restore
+                                   * superblock copies, clear the corrupt bit */
+} BaleCheckFlags;
+
+typedef struct BaleCheckResult {
+    uint64_t damaged;          /* records that cannot be read */
+    uint64_t leaked_pages;     /* allocated but unreachable */
+    uint64_t wrong_counters;
+    uint64_t bad_superblocks;
+    uint64_t fixed;
+    uint64_t clusters_total, clusters_allocated, clusters_compressed;
+    uint64_t checked_records, checked_bytes;
+    uint64_t end_offset;       /* one past the last byte in use */
+} BaleCheckResult;
+
+/*
+ * One finding, in one line (image, cluster, page, offset) or, with @what NULL,
+ * progress: @done of @total bytes.  Return false to stop the check.
+ */
+typedef bool BaleCheckReport(void *opaque, const char *what, uint64_t done,
+                             uint64_t total);
+
+/*
+ * Check an open store; it may be in use.  False with @errp set only when the
+ * check itself could not be done; findings are in @result.
+ */
+bool bale_store_check(BaleStore *store, unsigned flags,
+                      BaleCheckReport *report, void *opaque,
+                      BaleCheckResult *result, GError **errp);
+
+#endif
