@@ -43,6 +43,7 @@
 
 #include "extstore/codec.h"
 #include "extstore/device.h"
+#include "util/workers.h" /* BALE_WORKERS_MAX */
 
 typedef struct BaleStore BaleStore;
 typedef struct BaleImage BaleImage;
@@ -122,7 +123,6 @@ typedef struct BaleOpenOptions {
 } BaleOpenOptions;
 
 #define BALE_CACHE_SIZE_DEFAULT (16ull << 20)
-#define BALE_WORKERS_MAX 256u
 
 /*
  * Open the store on @dev.  @dev is transferred on success only: it is closed

@@ -1,0 +1,335 @@
+/*
+ * The on-disk format, version 1: offsets, sizes and the only code that reads
+ * or writes on-disk fields.  docs/format.md is the specification.
+ *
+ * Everything that is decoded here is hostile, also after its checksum has
+ * passed: decoders check every length and range against the caps of the
+ * document, so that callers can use a decoded structure without a further
+ * thought about overflow.
+ *
+ * Threads: pure functions.  Errors: 0 or -errno: -ENOENT where there is nothing
+ * (no magic), -EIO for damage, -ENOTSUP for what a newer version wrote.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#ifndef BALE_EXTSTORE_FORMAT_H
+#define BALE_EXTSTORE_FORMAT_H
+
+#include <glib.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "extstore/store.h"
+
+#define BALE_FORMAT_VERSION   1u
+#define BALE_BLOCK_SIZE       4096u
+#define BALE_SUPER_SIZE       (2ull << 20)
+#define BALE_SUPER_COPIES     4u
+#define BALE_SUPER_STRIDE     (512ull << 10) /* between two copies, bytes */
+#define BALE_DEVICE_SIZE_MAX  (1ull << 48)
+#define BALE_META_PAYLOAD_MAX (4u << 20)
+
+/* --- superblock --- */
+
+#define BALE_SUPER_LEN 512u
+
+enum {
+    BALE_INCOMPAT_CORRUPT = 1u << 0,
+    BALE_INCOMPAT_KNOWN   = BALE_INCOMPAT_CORRUPT,
+};
+
+enum {
+    BALE_STATE_CLEAN = 1u << 0,
+};
+
+typedef struct BaleSuper {
+    uint64_t incompatible, ro_compatible, compatible;
+    uint8_t uuid[16];
+    uint64_t generation;
+    uint32_t state;
+    uint32_t cluster_size;
+    uint64_t page_size;
+    uint64_t checkpoint_address, checkpoint_version;
+    uint32_t checkpoint_length;
+    uint64_t next_seq;
+    uint64_t device_end;
+} BaleSuper;
+
+static inline uint64_t bale_super_address(unsigned copy)
+{
+    return copy * BALE_SUPER_STRIDE;
+}
+
+/* @buf: BALE_BLOCK_SIZE bytes. */
+void bale_super_encode(const BaleSuper *s, unsigned copy, uint8_t *buf);
+/*
+ * -ENOENT: no superblock; -EIO: damaged; -ENOTSUP: another version or unknown
+ * incompatible features, which *@reason (static, may be NULL) names.
+ */
+int bale_super_decode(BaleSuper *s, unsigned copy, const uint8_t *buf,
+                      const char **reason);
+
+/* --- places --- */
+
+/* The seed of everything in the store with @uuid. */
+uint64_t bale_identity(const uint8_t uuid[16]);
+/* The seed of what lies at @offset in @page while that has @version. */
+uint64_t bale_place(uint64_t identity, uint64_t page, uint64_t version,
+                    uint64_t offset);
+
+/* --- page header --- */
+
+typedef enum BaleBucket {
+    BALE_BUCKET_FRESH = 0,
+    BALE_BUCKET_META = 1,
+    BALE_BUCKET_COMPACTED = 2,
+    BALE_BUCKETS
+} BaleBucket;
+
+#define BALE_PAGE_HEADER_LEN 64u
+
+typedef struct BalePageHeader {
+    uint32_t bucket;
+    uint64_t page, version, first_seq;
+} BalePageHeader;
+
+/* @buf: BALE_BLOCK_SIZE bytes. */
+void bale_page_header_encode(const BalePageHeader *h, uint64_t identity,
+                             uint8_t *buf);
+/* -ENOENT: the block is all zeroes, the page is free; -EIO: damaged. */
+int bale_page_header_decode(BalePageHeader *h, uint64_t identity,
+                            uint64_t page, const uint8_t *buf);
+
+/* --- records --- */
+
+#define BALE_RECORD_ALIGN      16u
+#define BALE_RECORD_HEADER_LEN 64u
+#define BALE_RECORD_HEADER_MAX 256u
+
+typedef enum BaleRecordType {
+    BALE_RECORD_DATA = 1,
+    BALE_RECORD_ZERO = 2,
+    BALE_RECORD_IMAGE = 3,
+    BALE_RECORD_SEGMENT = 4,
+    BALE_RECORD_DIRECTORY = 5,
+    BALE_RECORD_CHECKPOINT_PART = 6,
+    BALE_RECORD_CHECKPOINT_ROOT = 7,
+    BALE_RECORD_DROP = 8,
+    BALE_RECORD_SKIPPABLE = 128, /* unknown types from here on may be skipped */
+} BaleRecordType;
+
+typedef struct BaleRecord {
+    uint8_t type;
+    uint8_t codec;
+    uint16_t flags;
+    uint16_t header_len;
+    uint32_t payload_len;
+    uint64_t seq;
+    uint64_t version;
+    uint32_t layer;
+    uint32_t count;
+    uint64_t cluster;
+    uint64_t payload_sum;
+} BaleRecord;
+
+/* Bytes that a record takes in its segment. */
+static inline uint32_t bale_record_size(const BaleRecord *r)
+{
+    return (r->header_len + r->payload_len + BALE_RECORD_ALIGN - 1) &
+           ~(BALE_RECORD_ALIGN - 1);
+}
+
+/* @buf: BALE_RECORD_HEADER_LEN bytes; @r->header_len is ignored. */
+void bale_record_encode(const BaleRecord *r, uint64_t seed, uint8_t *buf);
+
+/*
+ * Decode the header at @buf of which @avail bytes may be read, and check it
+ * against the caps for @cluster_size.  The payload is not looked at.
+ * -ENOENT: no record begins here.  -EIO: damaged, or out of range.
+ */
+int bale_record_decode(BaleRecord *r, uint64_t seed, uint32_t cluster_size,
+                       const uint8_t *buf, size_t avail);
+
+/* Only the version that a header claims, checked against nothing. */
+uint64_t bale_record_claimed_version(const uint8_t *buf);
+
+/* --- segment record --- */
+
+#define BALE_BARRIERS_MAX 64u
+#define BALE_BARRIER_LEN  24u
+#define BALE_SEGMENT_PAYLOAD_LEN 24u /* without barriers */
+
+typedef struct BaleBarrier {
+    uint64_t page, version, durable_end;
+} BaleBarrier;
+
+typedef struct BaleSegment {
+    uint64_t segment_len;
+    uint64_t directory_offset;
+    uint32_t records;
+    uint32_t barriers;
+    BaleBarrier barrier[BALE_BARRIERS_MAX];
+} BaleSegment;
+
+static inline uint32_t bale_segment_payload_len(uint32_t barriers)
+{
+    return BALE_SEGMENT_PAYLOAD_LEN + barriers * BALE_BARRIER_LEN;
+}
+
+void bale_segment_encode(const BaleSegment *s, uint8_t *buf);
+/* @offset: of the segment in its page of @page_size bytes. */
+int bale_segment_decode(BaleSegment *s, uint64_t offset, uint64_t page_size,
+                        const uint8_t *buf, size_t len);
+
+/* --- directory --- */
+
+#define BALE_DIRECTORY_ENTRY_LEN 40u
+
+typedef struct BaleDirectoryEntry {
+    BaleRecord record;  /* without version and payload_sum */
+    uint64_t offset;    /* in the page, bytes */
+} BaleDirectoryEntry;
+
+void bale_directory_entry_encode(const BaleDirectoryEntry *e, uint8_t *buf);
+/* @begin, @end: where in the page records of this segment may lie. */
+int bale_directory_entry_decode(BaleDirectoryEntry *e, uint64_t begin,
+                                uint64_t end, uint32_t cluster_size,
+                                const uint8_t *buf);
+
+/* --- image --- */
+
+#define BALE_IMAGE_FIXED_LEN 32u
+#define BALE_IMAGE_PAYLOAD_MAX                                               \
+    (BALE_IMAGE_FIXED_LEN + BALE_IMAGE_NAME_MAX + BALE_BACKING_NAME_MAX + 63)
+
+typedef struct BaleImageRecord {
+    uint32_t id;
+    uint32_t layer;
+    uint64_t size;
+    uint8_t codec;
+    int8_t level;
+    char name[BALE_IMAGE_NAME_MAX + 1];
+    char backing_file[BALE_BACKING_NAME_MAX + 1];
+    char backing_format[64];
+} BaleImageRecord;
+
+/* @buf: BALE_IMAGE_PAYLOAD_MAX bytes.  The length of the payload. */
+uint32_t bale_image_encode(const BaleImageRecord *i, uint8_t *buf);
+int bale_image_decode(BaleImageRecord *i, uint32_t cluster_size,
+                      const uint8_t *buf, size_t len);
+
+/* --- checkpoint --- */
+
+#define BALE_ROOT_FIXED_LEN   32u
+#define BALE_ROOT_PARTS_MAX   100000u
+#define BALE_PART_LEN         40u
+#define BALE_PAGE_ENTRY_LEN   48u
+#define BALE_PAGE_ENTRIES_PER_PART 16384u
+#define BALE_CHUNK_CLUSTERS   16384u
+
+enum {
+    BALE_PART_PAGES = 1,
+    BALE_PART_INDEX = 2,
+    BALE_PART_IMAGE = 3,
+};
+
+typedef struct BaleRoot {
+    uint64_t next_seq;
+    uint64_t pages;
+    uint32_t parts;
+} BaleRoot;
+
+typedef struct BalePart {
+    uint32_t kind;
+    uint32_t payload_len;
+    uint64_t address;
+    uint64_t version;
+    uint64_t a, b;
+} BalePart;
+
+typedef struct BalePageEntry {
+    uint64_t version;
+    uint32_t bucket;
+    uint64_t end;
+    uint64_t live_bytes;
+    uint64_t first_seq;
+    uint64_t tombstone_seq;
+} BalePageEntry;
+
+void bale_root_encode(const BaleRoot *r, uint8_t *buf);
+int bale_root_decode(BaleRoot *r, const uint8_t *buf, size_t len);
+void bale_part_encode(const BalePart *p, uint8_t *buf);
+int bale_part_decode(BalePart *p, const uint8_t *buf);
+void bale_page_entry_encode(const BalePageEntry *e, uint8_t *buf);
+int bale_page_entry_decode(BalePageEntry *e, uint64_t page_size,
+                           const uint8_t *buf);
+
+/* --- index values --- */
+
+#define BALE_VALUE_BITS  48
+#define BALE_VALUE_CLASS 15u
+
+static inline uint64_t bale_value(uint64_t address, unsigned size_class)
+{
+    return (address / BALE_RECORD_ALIGN) << 4 | size_class;
+}
+
+static inline uint64_t bale_value_address(uint64_t value)
+{
+    return (value >> 4) * BALE_RECORD_ALIGN;
+}
+
+static inline unsigned bale_value_class(uint64_t value)
+{
+    return value & BALE_VALUE_CLASS;
+}
+
+/*
+ * The longest payload of each size class, in 256ths of a cluster: fine where
+ * compressed clusters are, so that a read fetches hardly a block too many.
+ */
+static const uint16_t bale_class_limits[BALE_VALUE_CLASS + 1] = {
+    0, 1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 208, 256,
+};
+
+/* The longest payload of @size_class; 0 for class 0. */
+static inline uint32_t bale_class_len(unsigned size_class,
+                                      uint32_t cluster_size)
+{
+    return (uint64_t)bale_class_limits[size_class] * cluster_size / 256;
+}
+
+/* The size class of a payload of @len bytes, 1 to 15. */
+static inline unsigned bale_size_class(uint32_t len, uint32_t cluster_size)
+{
+    unsigned c = 1;
+
+    while (c < BALE_VALUE_CLASS && bale_class_len(c, cluster_size) < len) {
+        c++;
+    }
+    return c;
+}
+
+/* What @value counts for in a page's live bytes. */
+static inline uint32_t bale_value_live(uint64_t value, uint32_t cluster_size)
+{
+    return BALE_RECORD_HEADER_LEN +
+           bale_class_len(bale_value_class(value), cluster_size);
+}
+
+static inline uint64_t bale_get_le64(const uint8_t *p)
+{
+    uint64_t v;
+
+    memcpy(&v, p, 8);
+    return GUINT64_FROM_LE(v);
+}
+
+static inline void bale_put_le64(uint8_t *p, uint64_t v)
+{
+    v = GUINT64_TO_LE(v);
+    memcpy(p, &v, 8);
+}
+
+#endif
