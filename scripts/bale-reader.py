@@ -1,0 +1,1223 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""
+An independent reader of Bale stores, written from docs/format.md alone.
+
+It shares no code with the engine, so that a store which both read alike is
+what the document says.  It never writes to the store, takes no lock, and is
+made to be right rather than fast.
+
+    bale-reader.py info STORE
+    bale-reader.py list STORE
+    bale-reader.py extract [--checkpoint] [--compare] STORE OUT.raw
+    bale-reader.py check STORE
+
+Exit status: 0 fine; 1 the store cannot be read, or the arguments are wrong;
+2 the store was read, but damage was found.
+"""
+
+import argparse
+import bisect
+import ctypes
+import json
+import mmap
+import os
+import struct
+import sys
+import zlib
+
+try:
+    import xxhash
+
+    def checksum(data, seed):
+        return xxhash.xxh3_64_intdigest(data, seed)
+except ImportError:
+    _xxh = ctypes.CDLL('libxxhash.so.0')
+    _xxh.XXH3_64bits_withSeed.restype = ctypes.c_uint64
+    _xxh.XXH3_64bits_withSeed.argtypes = (ctypes.c_char_p, ctypes.c_size_t,
+                                          ctypes.c_uint64)
+
+    def checksum(data, seed):
+        return _xxh.XXH3_64bits_withSeed(bytes(data), len(data), seed)
+
+ZSTD = ctypes.CDLL('libzstd.so.1')
+ZSTD.ZSTD_decompress.restype = ctypes.c_size_t
+ZSTD.ZSTD_decompress.argtypes = (ctypes.c_char_p, ctypes.c_size_t,
+                                 ctypes.c_char_p, ctypes.c_size_t)
+ZSTD.ZSTD_findFrameCompressedSize.restype = ctypes.c_size_t
+ZSTD.ZSTD_findFrameCompressedSize.argtypes = (ctypes.c_char_p,
+                                              ctypes.c_size_t)
+
+KiB = 1 << 10
+MiB = 1 << 20
+BLOCK = 4096
+SUPER_SIZE = 2 * MiB
+SUPER_ADDRESSES = (0, 512 * KiB, 1 * MiB, 1536 * KiB)
+SUPER_LENGTH = 512
+SUPER_MAGIC = b'BALESTOR'
+PAGE_MAGIC = b'BALEPAGE'
+PAGE_LENGTH = 64
+RECORD_MAGIC = 0xB41EC0DE
+HEADER = 64
+HEADER_MAX = 256
+
+INCOMPAT_CORRUPT = 1
+STATE_CLEAN = 1
+
+DATA, ZERO, IMAGE, SEGMENT, DIRECTORY, PART, ROOT, DROP = range(1, 9)
+TYPE_NAMES = {DATA: 'data', ZERO: 'zero', IMAGE: 'image', SEGMENT: 'segment',
+              DIRECTORY: 'directory', PART: 'part', ROOT: 'root',
+              DROP: 'drop'}
+SKIPPABLE = 128                 # types from here on may be skipped
+NONE, DEFLATE, ZSTANDARD = range(3)
+CODEC_NAMES = {NONE: 'none', DEFLATE: 'deflate', ZSTANDARD: 'zstd'}
+PART_PAGES, PART_INDEX, PART_IMAGE = range(1, 4)
+
+DEVICE_MAX = 1 << 48
+IMAGE_SIZE_MAX = 1 << 60
+IMAGE_CLUSTERS_MAX = 1 << 40
+PAYLOAD_MAX = 4 * MiB
+BARRIERS_MAX = 64
+SEGMENT_PAYLOAD_MAX = 24 + BARRIERS_MAX * 24
+PARTS_MAX = 100000
+CHUNK = 16384                   # index values in a chunk
+
+SUPER = struct.Struct('<8sIIQQQ16sQIIQQIIQQI4xQQ368xQ')
+assert SUPER.size == SUPER_LENGTH
+PAGE = struct.Struct('<8sIIQQQ16xQ')
+assert PAGE.size == PAGE_LENGTH
+RECORD = struct.Struct('<IBBHIH2xQQIIQQQ')
+assert RECORD.size == HEADER
+SEGMENT_HEAD = struct.Struct('<QQII')
+BARRIER = struct.Struct('<QQQ')
+ENTRY = struct.Struct('<QQIIIIBBHH2x')
+assert ENTRY.size == 40
+IMAGE_HEAD = struct.Struct('<IIQBbHHH8x')
+assert IMAGE_HEAD.size == 32
+ROOT_HEAD = struct.Struct('<QQI12x')
+assert ROOT_HEAD.size == 32
+PART_ENTRY = struct.Struct('<IIQQQQ')
+assert PART_ENTRY.size == 40
+PAGE_ENTRY = struct.Struct('<QIIQQQQ')
+assert PAGE_ENTRY.size == 48
+
+
+class Unreadable(Exception):
+    """The store as a whole must be refused."""
+
+
+class Damage(Exception):
+    """One structure does not verify."""
+
+
+def round_up(value, unit):
+    return (value + unit - 1) // unit * unit
+
+
+def is_zero(data):
+    return not any(data)
+
+
+def power_of_two(value):
+    return value > 0 and value & (value - 1) == 0
+
+
+def inflate_raw(data, length):
+    engine = zlib.decompressobj(-15)
+    try:
+        out = engine.decompress(data, length + 1)
+    except zlib.error as error:
+        raise Damage(f'deflate: {error}')
+    if len(out) != length or not engine.eof or engine.unused_data:
+        raise Damage(f'deflate: not exactly one cluster ({len(out)} bytes)')
+    return out
+
+
+def unzstd(data, length):
+    """One frame; nothing larger than @length is ever allocated."""
+    out = ctypes.create_string_buffer(length)
+    got = ZSTD.ZSTD_decompress(out, length, data, len(data))
+    if got != length:
+        raise Damage('zstd: not exactly one cluster')
+    if ZSTD.ZSTD_findFrameCompressedSize(data, len(data)) != len(data):
+        raise Damage('zstd: not exactly one frame')
+    return out.raw
+
+
+class Device:
+    """The bytes of a file or block device; zeroes behind its end."""
+
+    def __init__(self, path):
+        self.path = path
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self.size = os.lseek(fd, 0, os.SEEK_END)
+            if self.size > DEVICE_MAX:
+                raise Unreadable('device larger than 2^48 bytes')
+            self.map = (mmap.mmap(fd, self.size, prot=mmap.PROT_READ)
+                        if self.size else b'')
+        finally:
+            os.close(fd)
+
+    def read(self, address, length):
+        data = self.map[address:address + length]
+        if len(data) < length:
+            data += bytes(length - len(data))
+        return data
+
+
+class Superblock:
+    def __init__(self, raw, copy):
+        (self.magic, self.version, self.length, self.incompatible,
+         self.ro_compatible, self.compatible, self.uuid, self.generation,
+         self.state, self.cluster_size, self.page_size, self.super_size,
+         self.block_size, self.copy, self.root_address, self.root_version,
+         self.root_length, self.next_sequence, self.device_end,
+         self.checksum) = SUPER.unpack(raw)
+        self.problem = self.find_problem(raw, copy)
+
+    def find_problem(self, raw, copy):
+        """None, or why this copy does not count."""
+        if self.magic != SUPER_MAGIC:
+            return 'no magic' if not is_zero(raw) else 'empty'
+        if checksum(raw[:504], SUPER_ADDRESSES[copy]) != self.checksum:
+            return 'wrong checksum'
+        if self.copy != copy:
+            return 'wrong copy number'
+        if self.version != 1:
+            return None         # said by whoever picks the newest
+        if self.length != SUPER_LENGTH:
+            return 'wrong length'
+        if (not power_of_two(self.cluster_size)
+                or not 4 * KiB <= self.cluster_size <= 2 * MiB):
+            return 'cluster size out of range'
+        if (self.page_size % (2 * MiB) or self.page_size > 1 << 30
+                or self.page_size < max(4 * self.cluster_size, 1)):
+            return 'page size out of range'
+        if self.super_size != SUPER_SIZE or self.block_size != BLOCK:
+            return 'super size or block size out of range'
+        if self.generation == 0:
+            return 'generation is 0'
+        return None
+
+    @property
+    def clean(self):
+        return bool(self.state & STATE_CLEAN)
+
+    @property
+    def corrupt(self):
+        return bool(self.incompatible & INCOMPAT_CORRUPT)
+
+
+class Record:
+    """A record whose header verified, or what a directory says about one."""
+
+    __slots__ = ('page', 'offset', 'type', 'codec', 'flags', 'payload_length',
+                 'header_length', 'sequence', 'version', 'layer', 'count',
+                 'cluster', 'payload_sum', 'damage')
+
+    @property
+    def end(self):
+        return self.offset + round_up(self.header_length
+                                      + self.payload_length, 16)
+
+    def describe(self):
+        name = TYPE_NAMES.get(self.type, f'type{self.type}')
+        text = f'{name} seq={self.sequence} offset={self.offset}'
+        if self.type in (DATA, ZERO, DROP):
+            text += (f' layer={self.layer} cluster={self.cluster}'
+                     f' count={self.count}')
+        if self.type == DATA:
+            text += f' codec={CODEC_NAMES.get(self.codec, self.codec)}'
+        if self.payload_length:
+            text += f' payload={self.payload_length}'
+        if self.damage:
+            text += f' DAMAGED ({self.damage})'
+        return text
+
+
+class Image:
+    def __init__(self, payload, record):
+        if len(payload) < IMAGE_HEAD.size:
+            raise Damage('image record too short')
+        (self.id, self.layer, self.size, self.codec, self.level, name_len,
+         file_len, format_len) = IMAGE_HEAD.unpack_from(payload)
+        if name_len > 255 or file_len > 4095 or format_len > 63:
+            raise Damage('image record: a name is too long')
+        if len(payload) < 32 + name_len + file_len + format_len:
+            raise Damage('image record: names do not fit')
+        if self.layer != record.layer or self.id == 0:
+            raise Damage('image record: layer or id out of range')
+        if self.size > IMAGE_SIZE_MAX or self.codec not in CODEC_NAMES:
+            raise Damage('image record: size or codec out of range')
+        at = 32
+        texts = []
+        for length in (name_len, file_len, format_len):
+            raw = payload[at:at + length]
+            at += length
+            if b'\0' in raw:
+                raise Damage('image record: NUL in a name')
+            try:
+                texts.append(raw.decode())
+            except UnicodeDecodeError:
+                raise Damage('image record: not UTF-8')
+        self.name, self.backing_file, self.backing_format = texts
+        self.sequence = record.sequence
+
+
+class Segment:
+    """What was found between two offsets of a page."""
+
+    def __init__(self, page, offset, end):
+        self.page = page
+        self.offset = offset
+        self.end = end
+        self.head = None        # the segment record, if it verified
+        self.directory_offset = None
+        self.records_count = None
+        self.barriers = []
+        self.directory = None   # list of Records from entries, if it verified
+        self.records = []       # all that are known, damaged ones included
+        self.complaints = []    # why it is not whole
+        self.unnamed = False    # something was lost and cannot be named
+
+    @property
+    def whole(self):
+        return not self.complaints
+
+
+class Page:
+    def __init__(self, number, base):
+        self.number = number
+        self.base = base
+        self.state = 'free'     # free, used, damaged header, unreadable
+        self.bucket = None
+        self.version = None
+        self.first_sequence = 0
+        self.segments = []      # up to the torn tail
+        self.torn = None        # (offset, why) of a torn tail
+        self.proven = 0
+
+
+class Ranges:
+    """A map of disjoint ranges of clusters; the last assignment wins."""
+
+    def __init__(self):
+        self.starts = []
+        self.items = []         # (end, value)
+
+    def assign(self, start, end, value):
+        starts, items = self.starts, self.items
+        if start >= end:
+            return
+        low = bisect.bisect_right(starts, start) - 1
+        if low < 0 or items[low][0] <= start:
+            low += 1
+        high = bisect.bisect_left(starts, end, low)
+        new_starts, new_items = [start], [(end, value)]
+        if low < high:
+            if starts[low] < start:
+                new_starts.insert(0, starts[low])
+                new_items.insert(0, (start, items[low][1]))
+            last_end, last_value = items[high - 1]
+            if last_end > end:
+                new_starts.append(end)
+                new_items.append((last_end, last_value))
+        starts[low:high] = new_starts
+        items[low:high] = new_items
+
+    def lookup(self, cluster):
+        at = bisect.bisect_right(self.starts, cluster) - 1
+        if at >= 0 and cluster < self.items[at][0]:
+            return self.items[at][1]
+        return None
+
+    def __iter__(self):
+        for start, (end, value) in zip(self.starts, self.items):
+            if value is not None:
+                yield start, end, value
+
+
+class State:
+    """What a scan or a checkpoint says about the store."""
+
+    def __init__(self):
+        self.images = {}        # id -> Image
+        self.layers = {}        # layer -> Ranges of Records
+        self.next_sequence = 0
+
+    def layer(self, number):
+        if number not in self.layers:
+            self.layers[number] = Ranges()
+        return self.layers[number]
+
+
+class Store:
+    def __init__(self, path):
+        self.device = Device(path)
+        self.problems = []      # damage, one line each
+        self.notes = []         # not damage, but worth a line
+        self.corrupt = False    # lost clusters that cannot be named
+        self.pages = None
+        self.read_superblocks()
+
+    def problem(self, text):
+        self.problems.append(text)
+
+    # --- superblock ---
+
+    def read_superblocks(self):
+        self.copies = []
+        for copy, address in enumerate(SUPER_ADDRESSES):
+            raw = self.device.read(address, BLOCK)
+            self.copies.append(Superblock(raw[:SUPER_LENGTH], copy))
+            if (self.copies[-1].problem is None
+                    and not is_zero(raw[SUPER_LENGTH:])):
+                self.notes.append(f'superblock copy {copy}: the rest of its '
+                                  'block is not zero')
+        valid = [c for c in self.copies if c.problem is None]
+        if not valid:
+            for c in self.copies:
+                if c.magic == SUPER_MAGIC and c.version != 1:
+                    raise Unreadable(f'format version {c.version} is not '
+                                     'supported')
+            if any(c.magic == SUPER_MAGIC for c in self.copies):
+                raise Unreadable('no superblock copy is valid')
+            raise Unreadable('not a Bale store')
+        sb = max(valid, key=lambda c: (c.generation, -c.copy))
+        if sb.version != 1:
+            raise Unreadable(f'format version {sb.version} is not supported')
+        unknown = sb.incompatible & ~INCOMPAT_CORRUPT
+        if unknown:
+            raise Unreadable('unknown incompatible feature bits '
+                             f'{unknown:#x}')
+        for number, c in enumerate(self.copies):
+            if c.problem is not None:
+                self.problem(f'superblock copy {number}: {c.problem}')
+            elif c.uuid != sb.uuid:
+                self.problem(f'superblock copy {number}: of another store')
+        self.sb = sb
+        self.identity = checksum(sb.uuid, 0)
+        if sb.clean and self.device.size < sb.device_end:
+            raise Unreadable(f'truncated: {self.device.size} bytes, but '
+                             f'{sb.device_end} are in use')
+        room = max(self.device.size - SUPER_SIZE, 0)
+        self.page_count = (room + sb.page_size - 1) // sb.page_size
+
+    def place(self, page, version, offset):
+        return checksum(struct.pack('<QQQ', page, version, offset),
+                        self.identity)
+
+    # --- records ---
+
+    def page_base(self, page):
+        return SUPER_SIZE + page * self.sb.page_size
+
+    def payload_cap(self, kind):
+        if kind == DATA:
+            return self.sb.cluster_size
+        return SEGMENT_PAYLOAD_MAX if kind == SEGMENT else PAYLOAD_MAX
+
+    def read_header(self, page, version, offset):
+        """The Record at @offset of @page; Damage if it does not verify."""
+        room = self.sb.page_size - offset
+        if offset < BLOCK or offset % 16 or room < HEADER:
+            raise Damage('record outside its page')
+        raw = self.device.read(self.page_base(page) + offset, HEADER)
+        r = Record()
+        (magic, r.type, r.codec, r.flags, r.payload_length, r.header_length,
+         r.sequence, r.version, r.layer, r.count, r.cluster, r.payload_sum,
+         header_sum) = RECORD.unpack(raw)
+        r.page, r.offset, r.damage = page, offset, None
+        if magic != RECORD_MAGIC:
+            raise Damage('no record magic')
+        if (r.header_length % 16 or not HEADER <= r.header_length
+                <= HEADER_MAX or r.header_length > room):
+            raise Damage('header length out of range')
+        raw += self.device.read(self.page_base(page) + offset + HEADER,
+                                r.header_length - HEADER)
+        sealed = raw[:56] + bytes(8) + raw[64:]
+        if checksum(sealed, self.place(page, version, offset)) != header_sum:
+            raise Damage('wrong header checksum')
+        if r.version != version:
+            raise Damage('of another page version')
+        if r.payload_length > min(self.payload_cap(r.type),
+                                  room - r.header_length):
+            raise Damage('payload length out of range')
+        return r
+
+    def verify_record(self, r):
+        """Payload of @r, verified; Damage if it or a field is wrong."""
+        if r.flags & 0xff:
+            raise Damage(f'unknown flags {r.flags:#x}')
+        if r.type not in TYPE_NAMES and r.type < SKIPPABLE:
+            raise Damage(f'unknown type {r.type}')
+        if r.type != DATA and r.codec != NONE and r.type < SKIPPABLE:
+            raise Damage('codec on a record that is not data')
+        if r.type == DATA and (r.count != 1 or r.codec not in CODEC_NAMES):
+            raise Damage('count or codec of a data record out of range')
+        if r.type == ZERO and r.count == 0:
+            raise Damage('zero record without clusters')
+        if r.type in (ZERO, DROP) and r.payload_length:
+            raise Damage('payload on a zero or drop record')
+        if (r.type in (DATA, ZERO, DROP)
+                and r.cluster + r.count > IMAGE_CLUSTERS_MAX):
+            raise Damage('clusters out of range')
+        payload = self.device.read(
+            self.page_base(r.page) + r.offset + r.header_length,
+            r.payload_length)
+        if checksum(payload, self.place(r.page, r.version,
+                                        r.offset)) != r.payload_sum:
+            raise Damage('wrong payload checksum')
+        return payload
+
+    def read_record(self, page, version, offset):
+        r = self.read_header(page, version, offset)
+        return r, self.verify_record(r)
+
+    def cluster_of(self, r):
+        """The bytes of the cluster that data record @r holds."""
+        size = self.sb.cluster_size
+        header = self.read_header(r.page, r.version, r.offset)
+        if (header.type, header.layer, header.cluster, header.sequence) != (
+                r.type, r.layer, r.cluster, r.sequence):
+            raise Damage('another record than expected')
+        payload = self.verify_record(header)
+        if header.codec == DEFLATE:
+            return inflate_raw(payload, size)
+        if header.codec == ZSTANDARD:
+            return unzstd(payload, size)
+        if len(payload) != size:
+            raise Damage('stored cluster of the wrong length')
+        return payload
+
+    # --- scan ---
+
+    def scan_pages(self):
+        """Fill self.pages: all pages, segments and records; no decisions
+        about torn tails yet."""
+        if self.pages is not None:
+            return
+        self.pages = [self.scan_page(n) for n in range(self.page_count)]
+        self.find_proven_ends()
+        for page in self.pages:
+            if page.version is not None:
+                self.judge_page(page)
+
+    def scan_page(self, number):
+        page = Page(number, self.page_base(number))
+        block = self.device.read(page.base, BLOCK)
+        (magic, page.bucket, length, own_number, version,
+         page.first_sequence, header_sum) = PAGE.unpack_from(block)
+        empty = is_zero(block)
+        if (not empty and magic == PAGE_MAGIC and length == PAGE_LENGTH
+                and own_number == number and version != 0
+                and checksum(block[:56], self.place(number, 0, 0))
+                == header_sum):
+            page.state, page.version = 'used', version
+            if not is_zero(block[PAGE_LENGTH:]):
+                self.notes.append(f'page {number}: the rest of its header '
+                                  'block is not zero')
+        else:
+            page.bucket = None
+            page.version = self.version_of_segments(page, not empty)
+            if page.version is not None:
+                page.state = 'damaged header'
+            elif not empty:
+                page.state = 'foreign'
+        if page.version is not None:
+            self.walk(page)
+        return page
+
+    def page_room(self, page):
+        """One past the last offset of @page that exists, in whole blocks."""
+        return min(self.sb.page_size,
+                   round_up(self.device.size - page.base, BLOCK))
+
+    def segment_record(self, page, offset, version=None):
+        """(record, payload) of a valid segment record at @offset, or None.
+        Without @version its own is taken."""
+        if version is None:
+            raw = self.device.read(page.base + offset, HEADER)
+            if int.from_bytes(raw[:4], 'little') != RECORD_MAGIC:
+                return None
+            version = RECORD.unpack(raw)[6]
+        try:
+            r, payload = self.read_record(page.number, version, offset)
+        except Damage:
+            return None
+        if r.type != SEGMENT or len(payload) < SEGMENT_HEAD.size:
+            return None
+        length, directory, count, barriers = SEGMENT_HEAD.unpack_from(payload)
+        first = offset + round_up(r.header_length + r.payload_length, 16)
+        if (length % BLOCK or length == 0 or directory % 16
+                or length > self.sb.page_size - offset
+                or not first <= directory <= offset + length - HEADER
+                or barriers > BARRIERS_MAX
+                or len(payload) != SEGMENT_HEAD.size + 24 * barriers):
+            return None
+        return r, payload
+
+    def version_of_segments(self, page, everywhere):
+        """The highest version of a segment record of @page, or None.  Only
+        the first place is looked at unless @everywhere."""
+        best = None
+        stop = self.page_room(page) if everywhere else 2 * BLOCK
+        for offset in range(BLOCK, stop, BLOCK):
+            found = self.segment_record(page, offset)
+            if found and (best is None or found[0].version > best):
+                best = found[0].version
+        return best
+
+    def walk(self, page):
+        """Find all segments of @page, also behind ones that are not whole."""
+        offset = BLOCK
+        room = self.page_room(page)
+        while offset < room:
+            found = self.segment_record(page, offset, page.version)
+            if found:
+                segment = self.read_segment(page, offset, *found)
+            else:
+                end = offset + BLOCK
+                while end < room and not self.segment_record(page, end,
+                                                             page.version):
+                    end += BLOCK
+                segment = Segment(page, offset, end)
+                segment.complaints.append('no valid segment record')
+            page.segments.append(segment)
+            offset = segment.end
+
+    def read_segment(self, page, offset, head, payload):
+        length, directory, count, barriers = SEGMENT_HEAD.unpack_from(payload)
+        segment = Segment(page, offset, offset + length)
+        segment.head = head
+        segment.directory_offset = directory
+        segment.records_count = count
+        segment.barriers = [BARRIER.unpack_from(payload, 24 + 24 * i)
+                            for i in range(barriers)]
+        self.fill_segment(segment)
+        return segment
+
+    def fill_segment(self, segment):
+        """Read directory and records of a segment whose record is valid."""
+        try:
+            segment.directory = self.read_directory(
+                segment.page, segment.directory_offset, segment.page.version)
+        except Damage as error:
+            segment.complaints.append(f'directory: {error}')
+        if segment.directory is not None:
+            if len(segment.directory) != segment.records_count:
+                segment.complaints.append('directory: wrong number of records')
+                segment.unnamed = True
+            self.records_of_directory(segment)
+            return
+        at = segment.head.end
+        found = 0
+        while (found < segment.records_count
+               and at < segment.directory_offset):
+            try:
+                r = self.read_header(segment.page.number,
+                                     segment.page.version, at)
+            except Damage as error:
+                segment.complaints.append(f'record at {at}: {error}')
+                segment.unnamed = True
+                at += 16
+                continue
+            self.verify_into(segment, r)
+            found += 1
+            at = r.end
+        if found < segment.records_count:
+            segment.unnamed = True
+
+    def read_directory(self, page, offset, version):
+        r, payload = self.read_record(page.number, version, offset)
+        if r.type != DIRECTORY or len(payload) % ENTRY.size:
+            raise Damage('not a directory')
+        entries = []
+        last = 0
+        for at in range(0, len(payload), ENTRY.size):
+            e = Record()
+            (e.sequence, e.cluster, e.layer, e.count, place16,
+             e.payload_length, e.type, e.codec, e.flags,
+             e.header_length) = ENTRY.unpack_from(payload, at)
+            e.page, e.version, e.offset = page.number, version, place16 * 16
+            e.payload_sum, e.damage = 0, None
+            if (e.offset <= last or e.header_length % 16
+                    or not HEADER <= e.header_length <= HEADER_MAX
+                    or e.payload_length > self.payload_cap(e.type)
+                    or e.end > self.sb.page_size):
+                raise Damage('entry out of range')
+            last = e.offset
+            entries.append(e)
+        return entries
+
+    def records_of_directory(self, segment):
+        for e in segment.directory:
+            try:
+                r = self.read_header(e.page, e.version, e.offset)
+            except Damage as error:
+                e.damage = str(error)
+                segment.complaints.append(e.describe())
+                if (e.type in (ZERO, DROP) and not e.flags & 0xff
+                        and not e.payload_length):
+                    e.damage = None     # the entry says all about it
+                segment.records.append(e)
+                continue
+            for name in ('sequence', 'cluster', 'layer', 'count', 'type',
+                         'payload_length', 'codec', 'flags', 'header_length'):
+                if getattr(r, name) != getattr(e, name):
+                    segment.complaints.append(
+                        f'record at {r.offset}: header and directory differ '
+                        f'in {name}')
+                    break
+            self.verify_into(segment, r)
+
+    def verify_into(self, segment, r):
+        try:
+            self.verify_record(r)
+        except Damage as error:
+            r.damage = str(error)
+            segment.complaints.append(r.describe())
+        segment.records.append(r)
+
+    def find_proven_ends(self):
+        """Barriers of all whole segments, and what the checkpoint says."""
+        for page in self.pages:
+            for segment in page.segments:
+                if segment.whole:
+                    for barrier in segment.barriers:
+                        self.apply_barrier(*barrier)
+        try:
+            for entry in self.checkpoint_pages(self.read_root()):
+                self.apply_barrier(entry['page'], entry['version'],
+                                   entry['end'])
+        except Damage as error:
+            if self.sb.root_address:
+                self.problem(f'checkpoint: {error}')
+
+    def apply_barrier(self, number, version, end):
+        if (number >= self.page_count or end > self.sb.page_size
+                or end % BLOCK or version == 0):
+            return
+        page = self.pages[number]
+        if page.version == version:
+            page.proven = max(page.proven, end)
+        elif page.state == 'foreign':
+            page.state = 'unreadable'
+
+    def judge_page(self, page):
+        """Drop the torn tail of @page and report damage below its proven
+        end."""
+        for i, segment in enumerate(page.segments):
+            if segment.whole:
+                continue
+            if segment.offset >= page.proven:
+                raw = self.device.read(page.base + segment.offset, BLOCK)
+                if not is_zero(raw) or i + 1 < len(page.segments):
+                    page.torn = (segment.offset, segment.complaints[0])
+                del page.segments[i:]
+                return
+            if segment.head is None:
+                self.search_segment(segment,
+                                    min(segment.end,
+                                        round_up(page.proven, BLOCK)))
+
+    def search_segment(self, segment, end):
+        """The segment record is lost: look for directories and records."""
+        page = segment.page
+        segment.end = end
+        covered = segment.offset    # everything below is named
+        loose = []                  # records since, not in a directory
+        at = segment.offset + 16
+        while at < end:
+            try:
+                r = self.read_header(page.number, page.version, at)
+            except Damage:
+                at += 16
+                continue
+            if r.type == DIRECTORY:
+                try:
+                    part = Segment(page, covered, end)
+                    part.directory = self.read_directory(page, at,
+                                                         page.version)
+                    self.records_of_directory(part)
+                except Damage as error:
+                    segment.complaints.append(f'directory: {error}')
+                else:
+                    first = min([e.offset for e in part.directory] + [at])
+                    if first > covered + HEADER + SEGMENT_PAYLOAD_MAX + 8:
+                        segment.unnamed = True
+                    segment.records += part.records
+                    segment.complaints += part.complaints
+                    covered = round_up(r.end, BLOCK)
+                    loose = []
+                    at = covered
+                    continue
+            elif r.type != SEGMENT:
+                loose.append(r)
+            at = r.end
+        for r in loose:
+            self.verify_into(segment, r)
+        if covered < end:
+            segment.unnamed = True
+
+    def scan(self):
+        """Docs, "Opening", steps 3 to 7."""
+        self.scan_pages()
+        state = State()
+        state.next_sequence = self.sb.next_sequence
+        applied = []
+        for page in self.pages:
+            if page.state == 'damaged header':
+                self.problem(f'page {page.number}: damaged header')
+            elif page.state == 'unreadable':
+                self.problem(f'page {page.number}: no valid header and no '
+                             'valid segment')
+                self.corrupt = True
+            elif page.state == 'foreign':
+                self.notes.append(f'page {page.number}: not a page of this '
+                                  'store')
+            for segment in page.segments:
+                for text in segment.complaints:
+                    self.problem(f'page {page.number}, segment at '
+                                 f'{segment.offset}: {text}')
+                if segment.unnamed:
+                    self.problem(f'page {page.number}, segment at '
+                                 f'{segment.offset}: lost clusters cannot be '
+                                 'named')
+                    self.corrupt = True
+                applied += [r for r in segment.records
+                            if r.type in (DATA, ZERO, DROP, IMAGE)]
+                for r in segment.records:
+                    state.next_sequence = max(state.next_sequence,
+                                              r.sequence + 1)
+            if page.segments and page.segments[-1].end < page.proven:
+                self.problem(f'page {page.number}: nothing readable from '
+                             f'{page.segments[-1].end} to its proven end')
+                self.corrupt = True
+            elif page.proven > BLOCK and not page.segments:
+                self.problem(f'page {page.number}: nothing readable')
+                self.corrupt = True
+        applied.sort(key=lambda r: r.sequence)
+        for r in applied:
+            self.apply(state, r)
+        return state
+
+    def apply(self, state, r):
+        if r.type == IMAGE:
+            if r.damage:
+                self.problem(f'image record of layer {r.layer} lost')
+                self.corrupt = True
+                return
+            try:
+                image = Image(self.verify_record(r), r)
+            except Damage as error:
+                self.problem(f'page {r.page}, record at {r.offset}: {error}')
+                self.corrupt = True
+                return
+            state.images[image.id] = image
+            first = -(-image.size // self.sb.cluster_size)
+            state.layer(r.layer).assign(first, IMAGE_CLUSTERS_MAX, None)
+            return
+        last = r.cluster + r.count
+        if r.type == DROP and r.count == 0:
+            last = IMAGE_CLUSTERS_MAX
+        last = min(last, IMAGE_CLUSTERS_MAX)
+        value = None if r.type == DROP and not r.damage else r
+        state.layer(r.layer).assign(r.cluster, last, value)
+
+    # --- checkpoint ---
+
+    def at_address(self, address, version):
+        if address < SUPER_SIZE:
+            raise Damage('address in the super area')
+        page, offset = divmod(address - SUPER_SIZE, self.sb.page_size)
+        if page >= self.page_count:
+            raise Damage('address behind the device')
+        return self.read_record(page, version, offset)
+
+    def read_root(self):
+        if self.sb.root_address == 0:
+            raise Damage('there is none')
+        r, payload = self.at_address(self.sb.root_address,
+                                     self.sb.root_version)
+        if r.type != ROOT or len(payload) < ROOT_HEAD.size:
+            raise Damage('not a checkpoint root')
+        if self.sb.root_length != r.header_length + r.payload_length:
+            raise Damage('root: wrong length')
+        next_sequence, pages, parts = ROOT_HEAD.unpack_from(payload)
+        if parts > PARTS_MAX or pages > self.page_count:
+            raise Damage('root: pages or parts out of range')
+        if len(payload) != ROOT_HEAD.size + parts * PART_ENTRY.size:
+            raise Damage('root: wrong payload length')
+        entries = [PART_ENTRY.unpack_from(payload, 32 + 40 * i)
+                   for i in range(parts)]
+        return {'next_sequence': next_sequence, 'pages': pages,
+                'parts': entries, 'sequence': r.sequence}
+
+    def read_part(self, part):
+        kind, length, address, version, a, b = part
+        r, payload = self.at_address(address, version)
+        if r.payload_length != length:
+            raise Damage('part: wrong payload length')
+        if r.type != (IMAGE if kind == PART_IMAGE else PART):
+            raise Damage('part: wrong record type')
+        return r, payload
+
+    def checkpoint_pages(self, root):
+        pages = []
+        for part in root['parts']:
+            kind, length, address, version, first, count = part
+            if kind != PART_PAGES:
+                continue
+            r, payload = self.read_part(part)
+            if len(payload) != count * PAGE_ENTRY.size:
+                raise Damage('page table: wrong length')
+            if first + count > root['pages']:
+                raise Damage('page table: out of range')
+            for i in range(count):
+                (v, bucket, flags, end, live, first_sequence,
+                 tombstone) = PAGE_ENTRY.unpack_from(payload, i * 48)
+                if end > self.sb.page_size:
+                    raise Damage('page table: end out of range')
+                pages.append({'page': first + i, 'version': v,
+                              'bucket': bucket, 'end': end, 'live': live,
+                              'first_sequence': first_sequence,
+                              'tombstone': tombstone})
+        if sorted(p['page'] for p in pages) != list(range(root['pages'])):
+            raise Damage('page table: pages missing or twice')
+        return pages
+
+    def checkpoint(self):
+        """The state from the checkpoint; Damage if any part is bad."""
+        root = self.read_root()
+        self.page_table = self.checkpoint_pages(root)
+        versions = {p['page']: p['version'] for p in self.page_table
+                    if p['version']}
+        state = State()
+        state.next_sequence = root['next_sequence']
+        for part in root['parts']:
+            kind, length, address, version, a, b = part
+            if kind == PART_IMAGE:
+                r, payload = self.read_part(part)
+                image = Image(payload, r)
+                if image.id != a:
+                    raise Damage('image part: wrong id')
+                state.images[image.id] = image
+            elif kind == PART_INDEX:
+                r, payload = self.read_part(part)
+                self.load_chunk(state, versions, payload, a, b)
+            elif kind != PART_PAGES:
+                raise Damage(f'unknown part kind {kind}')
+        return state
+
+    def load_chunk(self, state, versions, payload, layer, first):
+        if (first % CHUNK or len(payload) % 8 or len(payload) > 8 * CHUNK
+                or first + len(payload) // 8 > IMAGE_CLUSTERS_MAX):
+            raise Damage('index chunk out of range')
+        ranges = state.layer(layer)
+        for i, (value,) in enumerate(struct.iter_unpack('<Q', payload)):
+            if value == 0:
+                continue
+            address, size_class = value & ~0xf, value & 0xf
+            if value >> 48 or address < SUPER_SIZE:
+                raise Damage('index value out of range')
+            page, offset = divmod(address - SUPER_SIZE, self.sb.page_size)
+            if page not in versions:
+                raise Damage('index value points into a free page')
+            r = Record()
+            r.page, r.offset, r.version = page, offset, versions[page]
+            r.type = ZERO if size_class == 0 else DATA
+            r.layer, r.cluster, r.count = layer, first + i, 1
+            r.payload_length = r.sequence = r.damage = None
+            try:
+                header = self.read_header(page, r.version, offset)
+            except Damage as error:
+                r.damage = str(error)
+            else:
+                r.sequence = header.sequence
+                r.payload_length = header.payload_length
+                if not (header.type == r.type and header.layer == layer
+                        and header.cluster <= first + i
+                        < header.cluster + header.count):
+                    r.damage = 'another record than the index says'
+                elif (r.type == DATA and size_class
+                        != self.size_class(header.payload_length)):
+                    r.damage = 'another size class than the index says'
+            ranges.assign(first + i, first + i + 1, r)
+
+    def size_class(self, length):
+        return -(-length * 15 // self.sb.cluster_size)
+
+    # --- whole store ---
+
+    def state(self):
+        """What opening the store gives, and how it was found."""
+        if self.sb.clean:
+            try:
+                return self.checkpoint(), 'checkpoint'
+            except Damage as error:
+                self.problem(f'checkpoint: {error}')
+        return self.scan(), 'scan'
+
+
+def summary(state, cluster_size):
+    """Comparable form of @state: images, and what each cluster holds."""
+    images = {i.id: (i.layer, i.size, i.codec, i.level, i.name,
+                     i.backing_file, i.backing_format)
+              for i in state.images.values()}
+    tops = {i.layer: -(-i.size // cluster_size)
+            for i in state.images.values()}
+    clusters = {}
+    for layer, ranges in state.layers.items():
+        runs = []
+        for start, end, r in ranges:
+            end = min(end, tops.get(layer, end))
+            if start >= end:
+                continue
+            if r.type == ZERO and not r.damage:
+                if runs and runs[-1][1] == start and runs[-1][2] == 'zero':
+                    runs[-1] = (runs[-1][0], end, 'zero')
+                else:
+                    runs.append((start, end, 'zero'))
+            else:
+                runs.append((start, end,
+                             ('damaged',) if r.damage else r.sequence))
+        if runs:
+            clusters[layer] = runs
+    return images, clusters
+
+
+def differences(a, b, cluster_size):
+    """Lines that tell where the states @a and @b are not the same."""
+    images_a, clusters_a = summary(a, cluster_size)
+    images_b, clusters_b = summary(b, cluster_size)
+    lines = []
+    if images_a != images_b:
+        lines.append(f'images differ: {images_a} / {images_b}')
+    for layer in sorted(set(clusters_a) | set(clusters_b)):
+        runs_a, runs_b = clusters_a.get(layer, []), clusters_b.get(layer, [])
+        if runs_a != runs_b:
+            only_a = [r for r in runs_a if r not in set(runs_b)][:3]
+            only_b = [r for r in runs_b if r not in set(runs_a)][:3]
+            lines.append(f'layer {layer} differs: {only_a} / {only_b}')
+    return lines
+
+
+def extract(store, state, out_path):
+    """Write the unnamed image sparsely; the number of damaged clusters."""
+    image = state.images.get(1)
+    if image is None:
+        raise Unreadable('the store holds no unnamed image')
+    if image.backing_file:
+        store.notes.append(f'backing file "{image.backing_file}" ignored: '
+                           'unallocated clusters read as zeroes')
+    size = store.sb.cluster_size
+    damaged = 0
+    fd = os.open(out_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC,
+                 0o600)
+    with os.fdopen(fd, 'r+b', buffering=0) as out:
+        out.truncate(image.size)
+        for start, end, r in state.layer(image.layer):
+            if start * size >= image.size:
+                break
+            if r.type == ZERO and not r.damage:
+                continue
+            for cluster in range(start, min(end, -(-image.size // size))):
+                try:
+                    if r.damage:
+                        raise Damage(r.damage)
+                    data = store.cluster_of(r)
+                except Damage as error:
+                    damaged += 1
+                    store.problem(f'cluster {cluster} is lost: {error}')
+                    continue
+                data = data[:image.size - cluster * size]
+                if not is_zero(data):
+                    os.pwrite(out.fileno(), data, cluster * size)
+    return damaged
+
+
+def command_info(store, args):
+    sb = store.sb
+    state, how = store.state()
+    images = []
+    for image in state.images.values():
+        allocated = {'data': 0, 'zero': 0, 'damaged': 0}
+        limit = -(-image.size // sb.cluster_size)
+        for start, end, r in state.layer(image.layer):
+            kind = 'damaged' if r.damage else TYPE_NAMES[r.type]
+            allocated[kind] += max(min(end, limit) - start, 0)
+        images.append({
+            'id': image.id, 'name': image.name, 'size': image.size,
+            'layer': image.layer, 'codec': CODEC_NAMES[image.codec],
+            'level': image.level, 'backing-file': image.backing_file,
+            'backing-format': image.backing_format, 'clusters': allocated})
+    u = sb.uuid.hex()
+    info = {
+        'uuid': '-'.join((u[:8], u[8:12], u[12:16], u[16:20], u[20:])),
+        'version': sb.version, 'generation': sb.generation,
+        'clean': sb.clean, 'corrupt': sb.corrupt or store.corrupt,
+        'cluster-size': sb.cluster_size, 'page-size': sb.page_size,
+        'pages': store.page_count, 'device-size': store.device.size,
+        'next-sequence': state.next_sequence, 'read-by': how,
+        'images': images}
+    if args.json:
+        print(json.dumps(info, indent=2))
+        return
+    for key, value in info.items():
+        if key != 'images':
+            print(f'{key}: {value}')
+    for image in images:
+        print(f'image {image["id"]}: ' + ', '.join(
+            f'{k} {v}' for k, v in image.items() if k != 'id'))
+
+
+def command_list(store, args):
+    for copy, sb in enumerate(store.copies):
+        if sb.problem:
+            print(f'superblock {copy}: {sb.problem}')
+        else:
+            print(f'superblock {copy}: generation {sb.generation}, '
+                  f'{"clean" if sb.clean else "not clean"}, checkpoint '
+                  f'{sb.root_address}, next sequence {sb.next_sequence}, '
+                  f'device end {sb.device_end}')
+    store.scan()
+    for page in store.pages:
+        if page.version is None:
+            print(f'page {page.number}: {page.state}')
+            continue
+        print(f'page {page.number}: {page.state}, bucket {page.bucket}, '
+              f'version {page.version >> 32}.{page.version & 0xffffffff}, '
+              f'first sequence {page.first_sequence}, '
+              f'proven end {page.proven}')
+        for segment in page.segments:
+            print(f'  segment {segment.offset}..{segment.end}: '
+                  f'{len(segment.records)} records, '
+                  f'{len(segment.barriers)} barriers'
+                  + ('' if segment.whole else ', NOT WHOLE'))
+            for number, version, end in segment.barriers:
+                print(f'    barrier page {number} version '
+                      f'{version >> 32}.{version & 0xffffffff} end {end}')
+            for r in segment.records:
+                print(f'    {r.describe()}')
+        if page.torn:
+            print(f'  torn tail at {page.torn[0]}: {page.torn[1]}')
+
+
+def command_extract(store, args):
+    if args.checkpoint:
+        state = store.checkpoint()
+    else:
+        state = store.scan()
+    lost = extract(store, state, args.out)
+    if args.compare:
+        other = store.scan() if args.checkpoint else store.checkpoint()
+        for line in differences(state, other, store.sb.cluster_size):
+            store.problem(f'scan and checkpoint: {line}')
+    if lost:
+        store.notes.append(f'{lost} clusters were lost')
+
+
+def command_check(store, args):
+    state = store.scan()
+    clusters = 0
+    for ranges in state.layers.values():
+        for start, end, r in ranges:
+            if r.type != DATA:
+                continue
+            clusters += 1
+            try:
+                store.cluster_of(r)
+            except Damage as error:
+                store.problem(f'layer {r.layer} cluster {start}: {error}')
+    if store.sb.clean:
+        try:
+            other = store.checkpoint()
+        except Damage as error:
+            store.problem(f'checkpoint: {error}')
+        else:
+            for line in differences(state, other, store.sb.cluster_size):
+                store.problem(f'scan and checkpoint: {line}')
+            check_page_table(store, other)
+    if store.sb.corrupt:
+        store.problem('the corrupt bit is set')
+    print(f'{clusters} data clusters verified, '
+          f'{len(store.problems)} problems')
+
+
+def check_page_table(store, state):
+    """Compare the checkpoint's page table with what the pages hold."""
+    live = {}
+    size = store.sb.cluster_size
+    for ranges in state.layers.values():
+        for start, end, r in ranges:
+            if r.type == DATA and r.payload_length is not None:
+                bytes_ = 64 + store.size_class(r.payload_length) * size // 15
+                live[r.page] = live.get(r.page, 0) + bytes_
+    root = store.read_root()
+    mine = [(store.sb.root_address, store.sb.root_length)] + [
+        (p[2], 64 + p[1]) for p in root['parts']]
+    for address, length in mine:
+        page = (address - SUPER_SIZE) // store.sb.page_size
+        live[page] = live.get(page, 0) + length
+    known = {p['page']: p for p in store.page_table}
+    for page in store.pages:
+        entry = known.get(page.number)
+        if entry is None or entry['version'] == 0:
+            if page.state == 'used':
+                store.problem(f'page {page.number}: in use, but free in the '
+                              'page table')
+            continue
+        if entry['version'] != page.version:
+            store.problem(f'page {page.number}: version {page.version}, but '
+                          f'{entry["version"]} in the page table')
+            continue
+        end = page.segments[-1].end if page.segments else BLOCK
+        if entry['end'] != end:
+            store.problem(f'page {page.number}: ends at {end}, but '
+                          f'{entry["end"]} in the page table')
+        if entry['live'] != live.get(page.number, 0):
+            store.notes.append(
+                f'page {page.number}: {live.get(page.number, 0)} live bytes, '
+                f'but {entry["live"]} in the page table')
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description='Read a Bale store by its documentation alone.')
+    commands = parser.add_subparsers(dest='command', required=True)
+    for name, function in (('info', command_info), ('list', command_list),
+                           ('extract', command_extract),
+                           ('check', command_check)):
+        sub = commands.add_parser(name)
+        sub.set_defaults(function=function)
+        sub.add_argument('store')
+        if name == 'info':
+            sub.add_argument('--json', action='store_true')
+        if name == 'extract':
+            sub.add_argument('out')
+            sub.add_argument('--checkpoint', action='store_true',
+                             help='use the checkpoint, not a full scan')
+            sub.add_argument('--compare', action='store_true',
+                             help='check that both say the same')
+    try:
+        args = parser.parse_args()
+    except SystemExit as stop:
+        sys.exit(1 if stop.code else 0)
+    try:
+        store = Store(args.store)
+        args.function(store, args)
+    except (Unreadable, Damage, OSError) as error:
+        text = getattr(error, 'strerror', None) or str(error)
+        print(f'bale-reader: {args.store}: {text}', file=sys.stderr)
+        sys.exit(1)
+    for text in store.notes:
+        print(f'note: {text}', file=sys.stderr)
+    for text in store.problems:
+        print(f'damage: {text}', file=sys.stderr)
+    sys.exit(2 if store.problems else 0)
+
+
+if __name__ == '__main__':
+    main()
