@@ -1,0 +1,1409 @@
+/*
+ * The format driver "bale": a compressed store as an image format, over its
+ * `file` child like qcow2 or qed.
+ *
+ * The engine (extstore/store.h) does the work.  This file translates: requests
+ * of coroutines into the engine's, the engine's reads under the image into
+ * reads of the backing node, create and runtime options, errors.  bridge.c has
+ * the waiting, bdrv-device.c the transfers to the `file` child.
+ *
+ * Invariants
+ * 1. s->store, s->image and s->dev are all set or all NULL; they change only in
+ *    open, close, inactivate and invalidate, when no request is under way.
+ * 2. While the node is inactive or read-only the engine is read-only.
+ * 3. An image's length in QEMU is its size rounded up to a sector; the engine
+ *    is never asked for bytes past its size.
+ *
+ * Threads: a driver's callbacks, under QEMU's rules.  The engine's callbacks
+ * (backing reads, completions, notices) come from any thread and go through a
+ * bottom half before they touch anything of QEMU's.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "qemu/osdep.h"
+#include "block/block_int.h"
+#include "block/qdict.h"
+#include "qapi/error.h"
+#include "qapi/qapi-events-block-core.h"
+#include "qapi/qmp/qdict.h"
+#include "qemu/cutils.h"
+#include "qemu/error-report.h"
+#include "qemu/main-loop.h"
+#include "qemu/module.h"
+#include "qemu/option.h"
+#include "qemu/units.h"
+#include "sysemu/block-backend.h"
+
+#include "extstore/store.h"
+
+#include "bale-bridge-internal.h"
+#include "bale-internal.h"
+#include "bdrv-device-internal.h"
+
+#define BALE_OPT_CACHE_SIZE          "cache-size"
+#define BALE_OPT_COMPRESSION_THREADS "compression-threads"
+#define BALE_OPT_COMPRESSION_LEVEL   "compression_level"
+#define BALE_OPT_PAGE_SIZE           "page_size"
+
+/* Reports of damage that one open node makes before it falls silent. */
+#define DAMAGE_REPORTS_MAX 16
+
+/*
+ * For bale_measure(), which needs an upper bound rather than the format's own
+ * constants: the super area, the headers of a page and of a record, and the
+ * pages that metadata and a second bucket may take.
+ */
+#define MEASURE_SUPER         (2 * MiB)
+#define MEASURE_PAGE_HEADER   (64 * KiB)
+#define MEASURE_RECORD_HEADER 128u
+#define MEASURE_PAGES_MIN     1u
+
+/* Pieces of one read that are under way together; more wait for these. */
+#define READ_PIECES_MAX 32
+
+typedef struct BDRVBaleState {
+    BaleStore *store;
+    BaleImage *image;
+    BaleBdrvDevice *dev;
+    uint32_t cluster_size;
+    bool read_only; /* as the engine was told */
+
+    /* Runtime options, from bdrv_open() on. */
+    uint64_t cache_size;
+    unsigned workers;
+
+    /* The notices' names for this node: it may be gone when they are told. */
+    char *node_name;
+    int damage_reports; /* atomic */
+} BDRVBaleState;
+
+BaleStore *bale_bs_store(BlockDriverState *bs)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    if (!bs->drv || strcmp(bs->drv->format_name, BALE_FORMAT_NAME)) {
+        return NULL;
+    }
+    return s->store;
+}
+
+BaleImage *bale_bs_image(BlockDriverState *bs)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    return bale_bs_store(bs) ? s->image : NULL;
+}
+
+/*
+ * --- Notices of the engine
+ */
+
+typedef struct BaleNotice {
+    char *node_name;
+    char *text;
+    bool damage;
+    bool last;
+} BaleNotice;
+
+static void notice_bh(void *opaque)
+{
+    BaleNotice *n = opaque;
+
+    if (n->damage) {
+        error_report("bale: node '%s': %s%s", n->node_name, n->text,
+                     n->last ? " (no more such reports for this node)" : "");
+        qapi_event_send_block_image_corrupted("", true, n->node_name, n->text,
+                                              false, 0, false, 0, false);
+    } else {
+        error_report("bale: node '%s': %s; it takes no more writes until it "
+                     "was closed and opened again", n->node_name, n->text);
+        qapi_event_send_block_image_corrupted("", true, n->node_name, n->text,
+                                              false, 0, false, 0, true);
+    }
+    g_free(n->node_name);
+    g_free(n->text);
+    g_free(n);
+}
+
+static void notice_send(BDRVBaleState *s, const char *text, bool damage,
+                        bool last)
+{
+    BaleNotice *n = g_new0(BaleNotice, 1);
+
+    n->node_name = g_strdup(s->node_name);
+    n->text = g_strdup(text);
+    n->damage = damage;
+    n->last = last;
+    aio_bh_schedule_oneshot(qemu_get_aio_context(), notice_bh, n);
+}
+
+static void notice_failed(void *opaque, const char *reason)
+{
+    notice_send(opaque, reason, false, false);
+}
+
+static void notice_damage(void *opaque, const char *what)
+{
+    BDRVBaleState *s = opaque;
+    int nr = qatomic_fetch_inc(&s->damage_reports);
+
+    if (nr < DAMAGE_REPORTS_MAX) {
+        notice_send(s, what, true, nr == DAMAGE_REPORTS_MAX - 1);
+    } else {
+        qatomic_dec(&s->damage_reports);
+    }
+}
+
+/*
+ * --- Reads of the backing node for the engine
+ */
+
+typedef struct BaleBackingRequest {
+    BlockDriverState *bs;
+    uint64_t offset;
+    void *buf;
+    size_t len;
+    BaleDone *done;
+    void *done_opaque;
+} BaleBackingRequest;
+
+static void coroutine_fn backing_read_entry(void *opaque)
+{
+    BaleBackingRequest *r = opaque;
+    BlockDriverState *bs = r->bs;
+    QEMUIOVector qiov;
+    int ret = 0;
+
+    if (bs->backing) {
+        /* The block layer fills what lies past the end with zeroes. */
+        qemu_iovec_init_buf(&qiov, r->buf, r->len);
+        ret = bdrv_co_preadv(bs->backing, r->offset, r->len, &qiov, 0);
+    } else {
+        memset(r->buf, 0, r->len);
+    }
+    bdrv_dec_in_flight(bs);
+    r->done(r->done_opaque, MIN(ret, 0));
+    g_free(r);
+}
+
+static void backing_read_bh(void *opaque)
+{
+    BaleBackingRequest *r = opaque;
+    AioContext *ctx = qemu_get_current_aio_context();
+
+    aio_context_acquire(ctx);
+    qemu_coroutine_enter(qemu_coroutine_create(backing_read_entry, r));
+    aio_context_release(ctx);
+}
+
+/*
+ * Called from any thread, but always for a request of this node that is still
+ * under way: so neither the node nor its place in the graph changes meanwhile.
+ */
+static void backing_read(void *opaque, uint64_t offset, void *buf, size_t len,
+                         BaleDone *done, void *done_opaque)
+{
+    BlockDriverState *bs = opaque;
+    BaleBackingRequest *r;
+
+    if (!qatomic_read(&bs->backing)) {
+        memset(buf, 0, len);
+        done(done_opaque, 0);
+        return;
+    }
+
+    r = g_new(BaleBackingRequest, 1);
+    *r = (BaleBackingRequest) {
+        .bs = bs,
+        .offset = offset,
+        .buf = buf,
+        .len = len,
+        .done = done,
+        .done_opaque = done_opaque,
+    };
+    bdrv_inc_in_flight(bs);
+    aio_bh_schedule_oneshot(bdrv_get_aio_context(bs), backing_read_bh, r);
+}
+
+/*
+ * --- Blocking functions of the engine
+ */
+
+static void engine_run(BlockDriverState *bs, BaleBlockingFunc *fn,
+                       void *opaque)
+{
+    BDRVBaleState *s = bs->opaque;
+    BaleBdrvDevice *dev = s->dev;
+
+    bale_bdrv_device_busy_begin(dev);
+    bale_bridge_run(bdrv_get_aio_context(bs), fn, opaque);
+    bale_bdrv_device_busy_end(dev);
+}
+
+typedef struct EngineOpen {
+    BaleDevice *device;
+    BaleOpenOptions options;
+    BaleStore *store;
+    BaleImage *image;
+    BaleStoreInfo info;
+    BaleImageInfo image_info;
+    GError *err;
+} EngineOpen;
+
+static void engine_open_blocking(void *opaque)
+{
+    EngineOpen *o = opaque;
+
+    o->store = bale_store_open(o->device, &o->options, &o->err);
+    if (!o->store) {
+        bale_device_close(o->device);
+        return;
+    }
+    o->image = bale_image_open(o->store, NULL, &o->err);
+    if (!o->image) {
+        bale_store_close(o->store, NULL);
+        o->store = NULL;
+        return;
+    }
+    bale_store_get_info(o->store, &o->info);
+    bale_image_get_info(o->image, &o->image_info);
+}
+
+/*
+ * Open the store in bs->file.  On success s->store, s->image and s->dev are
+ * set and *@info, if not NULL, describes the image.
+ */
+static int engine_open(BlockDriverState *bs, bool read_only,
+                       BaleImageInfo *info, Error **errp)
+{
+    BDRVBaleState *s = bs->opaque;
+    EngineOpen o = {
+        .options = {
+            .read_only = read_only,
+            .workers = s->workers,
+            .cache_size = s->cache_size,
+            .failed = notice_failed,
+            .damage = notice_damage,
+            .notify_opaque = s,
+        },
+    };
+
+    assert(!s->store);
+    s->dev = bale_bdrv_device_new(bs, NULL, bdrv_get_aio_context(bs),
+                                  read_only, errp);
+    if (!s->dev) {
+        return -EINVAL;
+    }
+    o.device = bale_bdrv_device_get(s->dev);
+
+    engine_run(bs, engine_open_blocking, &o);
+    if (!o.store) {
+        bale_bdrv_device_unref(s->dev);
+        s->dev = NULL;
+        return bale_bridge_error(o.err, errp);
+    }
+
+    s->store = o.store;
+    s->image = o.image;
+    s->cluster_size = o.image_info.cluster_size;
+    s->read_only = read_only;
+    qatomic_set(&s->damage_reports, 0);
+    bale_image_set_backing_read(s->image, backing_read, bs);
+    if (info) {
+        *info = o.image_info;
+    }
+    return 0;
+}
+
+typedef struct EngineClose {
+    BaleStore *store;
+    BaleImage *image;
+    GError *err;
+    bool ok;
+} EngineClose;
+
+static void engine_close_blocking(void *opaque)
+{
+    EngineClose *c = opaque;
+
+    bale_image_close(c->image);
+    c->ok = bale_store_close(c->store, &c->err);
+}
+
+static int engine_close(BlockDriverState *bs, Error **errp)
+{
+    BDRVBaleState *s = bs->opaque;
+    EngineClose c = { .store = s->store, .image = s->image };
+
+    if (!s->store) {
+        return 0;
+    }
+    engine_run(bs, engine_close_blocking, &c);
+    s->store = NULL;
+    s->image = NULL;
+    bale_bdrv_device_unref(s->dev);
+    s->dev = NULL;
+    return c.ok ? 0 : bale_bridge_error(c.err, errp);
+}
+
+typedef struct EngineReadOnly {
+    BaleStore *store;
+    GError *err;
+    bool read_only;
+    bool ok;
+} EngineReadOnly;
+
+static void engine_read_only_blocking(void *opaque)
+{
+    EngineReadOnly *r = opaque;
+
+    r->ok = bale_store_set_read_only(r->store, r->read_only, &r->err);
+}
+
+static int engine_set_read_only(BlockDriverState *bs, bool read_only,
+                                Error **errp)
+{
+    BDRVBaleState *s = bs->opaque;
+    EngineReadOnly r = { .store = s->store, .read_only = read_only };
+
+    if (s->read_only == read_only) {
+        return 0;
+    }
+    if (!read_only) {
+        bale_bdrv_device_set_read_only(s->dev, false);
+    }
+    engine_run(bs, engine_read_only_blocking, &r);
+    if (!r.ok) {
+        bale_bdrv_device_set_read_only(s->dev, s->read_only);
+        return bale_bridge_error(r.err, errp);
+    }
+    s->read_only = read_only;
+    bale_bdrv_device_set_read_only(s->dev, read_only);
+    return 0;
+}
+
+/*
+ * --- Open, close, reopen
+ */
+
+static QemuOptsList bale_runtime_opts = {
+    .name = "bale",
+    .head = QTAILQ_HEAD_INITIALIZER(bale_runtime_opts.head),
+    .desc = {
+        {
+            .name = BALE_OPT_CACHE_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Memory for decompressed clusters (default: 16M)",
+        },
+        {
+            .name = BALE_OPT_COMPRESSION_THREADS,
+            .type = QEMU_OPT_NUMBER,
+            .help = "Threads that compress and decompress "
+                    "(default: one for each core)",
+        },
+        { /* end of list */ }
+    },
+};
+
+static int bale_read_options(BDRVBaleState *s, QDict *options, Error **errp)
+{
+    QemuOpts *opts = qemu_opts_create(&bale_runtime_opts, NULL, 0,
+                                      &error_abort);
+    uint64_t workers;
+    int ret = -EINVAL;
+
+    if (!qemu_opts_absorb_qdict(opts, options, errp)) {
+        goto out;
+    }
+    workers = qemu_opt_get_number(opts, BALE_OPT_COMPRESSION_THREADS, 0);
+    if (workers > BALE_WORKERS_MAX) {
+        error_setg(errp, "'%s' must be between 1 and %u, or 0 for one for "
+                   "each core", BALE_OPT_COMPRESSION_THREADS,
+                   BALE_WORKERS_MAX);
+        goto out;
+    }
+    s->workers = workers;
+    s->cache_size = qemu_opt_get_size(opts, BALE_OPT_CACHE_SIZE,
+                                      BALE_CACHE_SIZE_DEFAULT);
+    ret = 0;
+
+out:
+    qemu_opts_del(opts);
+    return ret;
+}
+
+static int bale_probe(const uint8_t *buf, int buf_size, const char *filename)
+{
+    return bale_store_probe(buf, buf_size) ? 100 : 0;
+}
+
+static void bale_use_backing_names(BlockDriverState *bs,
+                                   const BaleImageInfo *info)
+{
+    if (info->has_backing_file) {
+        pstrcpy(bs->auto_backing_file, sizeof(bs->auto_backing_file),
+                info->backing_file);
+        pstrcpy(bs->backing_file, sizeof(bs->backing_file),
+                info->backing_file);
+        pstrcpy(bs->backing_format, sizeof(bs->backing_format),
+                info->backing_format);
+    }
+}
+
+static int bale_open(BlockDriverState *bs, QDict *options, int flags,
+                     Error **errp)
+{
+    BDRVBaleState *s = bs->opaque;
+    BaleImageInfo info;
+    int ret;
+
+    ret = bdrv_open_file_child(NULL, options, "file", bs, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = bale_read_options(s, options, errp);
+    if (ret < 0) {
+        return ret;
+    }
+
+    s->node_name = g_strdup(bdrv_get_node_name(bs));
+    ret = engine_open(bs, !(flags & BDRV_O_RDWR) || (flags & BDRV_O_INACTIVE),
+                      &info, errp);
+    if (ret < 0) {
+        g_free(s->node_name);
+        return ret;
+    }
+
+    bs->total_sectors = DIV_ROUND_UP(info.size, BDRV_SECTOR_SIZE);
+    bale_use_backing_names(bs, &info);
+    bs->supported_write_flags = BDRV_REQ_FUA;
+    bs->supported_zero_flags = BDRV_REQ_FUA | BDRV_REQ_MAY_UNMAP |
+                               BDRV_REQ_NO_FALLBACK;
+    bs->supported_truncate_flags = BDRV_REQ_ZERO_WRITE;
+    return 0;
+}
+
+static void bale_close(BlockDriverState *bs)
+{
+    BDRVBaleState *s = bs->opaque;
+    Error *err = NULL;
+
+    if (engine_close(bs, &err) < 0) {
+        error_reportf_err(err, "bale: node '%s': closing: ", s->node_name);
+    }
+    g_free(s->node_name);
+}
+
+static int bale_inactivate(BlockDriverState *bs)
+{
+    Error *err = NULL;
+    int ret = engine_set_read_only(bs, true, &err);
+
+    if (ret < 0) {
+        error_reportf_err(err, "bale: node '%s': handing it over: ",
+                          bdrv_get_device_or_node_name(bs));
+    }
+    return ret;
+}
+
+/* Somebody else may have written to the store: look at it anew. */
+static void coroutine_fn bale_co_invalidate_cache(BlockDriverState *bs,
+                                                  Error **errp)
+{
+    BaleImageInfo info;
+    int ret = engine_close(bs, errp);
+
+    if (ret < 0) {
+        return;
+    }
+    ret = engine_open(bs, !(bs->open_flags & BDRV_O_RDWR), &info, errp);
+    if (ret < 0) {
+        error_prepend(errp, "Could not reopen the store: ");
+        /* Like qcow2: a node that cannot be used answers no more requests. */
+        bs->drv = NULL;
+        return;
+    }
+    bs->total_sectors = DIV_ROUND_UP(info.size, BDRV_SECTOR_SIZE);
+}
+
+static int bale_reopen_prepare(BDRVReopenState *state,
+                               BlockReopenQueue *queue, Error **errp)
+{
+    BlockDriverState *bs = state->bs;
+
+    if (state->flags & (BDRV_O_RDWR | BDRV_O_INACTIVE)) {
+        return 0;
+    }
+    /* Make it durable and clean while the child may still be written to. */
+    return engine_set_read_only(bs, true, errp);
+}
+
+static void bale_reopen_sync(BlockDriverState *bs, int flags)
+{
+    Error *err = NULL;
+    bool read_only = !(flags & BDRV_O_RDWR) || (flags & BDRV_O_INACTIVE);
+
+    if (engine_set_read_only(bs, read_only, &err) < 0) {
+        error_reportf_err(err, "bale: node '%s': reopening: ",
+                          bdrv_get_device_or_node_name(bs));
+    }
+}
+
+static void bale_reopen_commit(BDRVReopenState *state)
+{
+    bale_reopen_sync(state->bs, state->flags);
+}
+
+static void bale_reopen_abort(BDRVReopenState *state)
+{
+    bale_reopen_sync(state->bs, state->bs->open_flags);
+}
+
+/*
+ * --- Requests
+ */
+
+/* Before each request: what waits because of a drain may be needed by it. */
+static void request_begin(BlockDriverState *bs)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    bale_bdrv_device_kick(s->dev);
+}
+
+/*
+ * Submit the read of a part of @qiov.  @slice holds the vector until the
+ * request is complete and is then the caller's to destroy.
+ */
+static void coroutine_fn submit_read(BDRVBaleState *s, BaleCoRequest *req,
+                                     uint64_t offset, size_t bytes,
+                                     QEMUIOVector *qiov, size_t qiov_offset,
+                                     QEMUIOVector *slice)
+{
+    qemu_iovec_init_slice(slice, qiov, qiov_offset, bytes);
+    bale_co_request_add(req);
+    bale_image_read(s->image, offset, slice->iov, slice->niov,
+                    bale_co_request_done, req);
+}
+
+/*
+ * Read with a backing node: what the image holds comes from the engine, the
+ * rest straight from below, without a detour through the engine's threads.
+ * Reads from the engine go on while the coroutine reads from below.  Returns
+ * how many bytes it did, at least 1, or a negative errno.
+ */
+static int64_t coroutine_fn read_layered(BlockDriverState *bs, uint64_t offset,
+                                         uint64_t bytes, QEMUIOVector *qiov,
+                                         size_t qiov_offset)
+{
+    BDRVBaleState *s = bs->opaque;
+    QEMUIOVector slices[READ_PIECES_MAX];
+    BaleCoRequest req;
+    uint64_t done = 0;
+    int pieces = 0;
+    int ret = 0, ret2;
+    int i;
+
+    bale_co_request_init(&req);
+    while (done < bytes && pieces < READ_PIECES_MAX) {
+        BaleClusterStatus status;
+        uint64_t run;
+
+        ret = bale_image_status(s->image, offset + done, bytes - done,
+                                &status, &run);
+        if (ret < 0) {
+            break;
+        }
+        run = MIN(run, bytes - done);
+        if (status == BALE_CLUSTER_ZERO ||
+            (status == BALE_CLUSTER_UNALLOCATED && !bs->backing)) {
+            qemu_iovec_memset(qiov, qiov_offset + done, 0, run);
+        } else if (status == BALE_CLUSTER_DATA) {
+            submit_read(s, &req, offset + done, run, qiov, qiov_offset + done,
+                        &slices[pieces++]);
+        } else {
+            ret = bdrv_co_preadv_part(bs->backing, offset + done, run, qiov,
+                                      qiov_offset + done, 0);
+            if (ret < 0) {
+                break;
+            }
+        }
+        done += run;
+    }
+    ret2 = bale_co_request_wait(&req);
+    for (i = 0; i < pieces; i++) {
+        qemu_iovec_destroy(&slices[i]);
+    }
+    ret = MIN(ret, ret2);
+    return ret < 0 ? ret : (int64_t)done;
+}
+
+static int coroutine_fn bale_co_preadv_part(BlockDriverState *bs,
+                                            int64_t offset, int64_t bytes,
+                                            QEMUIOVector *qiov,
+                                            size_t qiov_offset,
+                                            BdrvRequestFlags flags)
+{
+    BDRVBaleState *s = bs->opaque;
+    uint64_t size = bale_image_size(s->image);
+    QEMUIOVector slice;
+    BaleCoRequest req;
+    int ret;
+
+    request_begin(bs);
+    if ((uint64_t)offset + bytes > size) {
+        /* The rest of the last sector, which the image does not have. */
+        uint64_t have = (uint64_t)offset < size ? size - offset : 0;
+
+        qemu_iovec_memset(qiov, qiov_offset + have, 0, bytes - have);
+        bytes = have;
+    }
+    if (bytes == 0) {
+        return 0;
+    }
+
+    if (!bs->backing) {
+        bale_co_request_init(&req);
+        submit_read(s, &req, offset, bytes, qiov, qiov_offset, &slice);
+        ret = bale_co_request_wait(&req);
+        qemu_iovec_destroy(&slice);
+        return ret;
+    }
+
+    while (bytes > 0) {
+        int64_t done = read_layered(bs, offset, bytes, qiov, qiov_offset);
+
+        if (done < 0) {
+            return done;
+        }
+        offset += done;
+        qiov_offset += done;
+        bytes -= done;
+    }
+    return 0;
+}
+
+static int coroutine_fn bale_co_pwritev_part(BlockDriverState *bs,
+                                             int64_t offset, int64_t bytes,
+                                             QEMUIOVector *qiov,
+                                             size_t qiov_offset,
+                                             BdrvRequestFlags flags)
+{
+    BDRVBaleState *s = bs->opaque;
+    QEMUIOVector slice;
+    BaleCoRequest req;
+    int ret;
+
+    if (bytes == 0) {
+        return 0;
+    }
+    request_begin(bs);
+    qemu_iovec_init_slice(&slice, qiov, qiov_offset, bytes);
+    bale_co_request_init(&req);
+    bale_co_request_add(&req);
+    bale_image_write(s->image, offset, slice.iov, slice.niov,
+                     flags & BDRV_REQ_FUA ? BALE_FUA : 0,
+                     bale_co_request_done, &req);
+    ret = bale_co_request_wait(&req);
+    qemu_iovec_destroy(&slice);
+    return ret;
+}
+
+/* Every write is stored compressed, so this one is a write like any other. */
+static int coroutine_fn
+bale_co_pwritev_compressed_part(BlockDriverState *bs, int64_t offset,
+                                int64_t bytes, QEMUIOVector *qiov,
+                                size_t qiov_offset)
+{
+    return bale_co_pwritev_part(bs, offset, bytes, qiov, qiov_offset, 0);
+}
+
+static int coroutine_fn zero_range(BlockDriverState *bs, uint64_t offset,
+                                   uint64_t bytes, unsigned flags)
+{
+    BDRVBaleState *s = bs->opaque;
+    BaleCoRequest req;
+
+    bale_co_request_init(&req);
+    bale_co_request_add(&req);
+    bale_image_zero(s->image, offset, bytes, flags, bale_co_request_done,
+                    &req);
+    return bale_co_request_wait(&req);
+}
+
+/* Flags that drop clusters, if nothing can show through where they were. */
+static unsigned discard_flags(BlockDriverState *bs)
+{
+    return bs->backing ? 0 : BALE_DISCARD;
+}
+
+static int coroutine_fn bale_co_pwrite_zeroes(BlockDriverState *bs,
+                                              int64_t offset, int64_t bytes,
+                                              BdrvRequestFlags flags)
+{
+    BDRVBaleState *s = bs->opaque;
+    uint64_t size = bale_image_size(s->image);
+    unsigned zero_flags = flags & BDRV_REQ_FUA ? BALE_FUA : 0;
+
+    request_begin(bs);
+    if (flags & BDRV_REQ_MAY_UNMAP) {
+        zero_flags |= discard_flags(bs);
+    }
+    /* The rest of the last sector, which the image does not have, is zero. */
+    if ((uint64_t)offset + bytes > size) {
+        bytes = (uint64_t)offset < size ? size - offset : 0;
+    }
+    return bytes ? zero_range(bs, offset, bytes, zero_flags) : 0;
+}
+
+static int coroutine_fn bale_co_pdiscard(BlockDriverState *bs, int64_t offset,
+                                         int64_t bytes)
+{
+    BDRVBaleState *s = bs->opaque;
+    uint64_t size = bale_image_size(s->image);
+    uint64_t end = MIN((uint64_t)offset + bytes, size);
+
+    request_begin(bs);
+    if ((uint64_t)offset >= end) {
+        return 0;
+    }
+    /* A part of a cluster would have to be written, for no gain. */
+    if (!QEMU_IS_ALIGNED(offset, s->cluster_size) ||
+        (!QEMU_IS_ALIGNED(end, s->cluster_size) && end != size)) {
+        return -ENOTSUP;
+    }
+    return zero_range(bs, offset, end - offset, discard_flags(bs));
+}
+
+static int coroutine_fn bale_co_flush(BlockDriverState *bs)
+{
+    BDRVBaleState *s = bs->opaque;
+    BaleCoRequest req;
+
+    if (s->read_only) {
+        return 0;
+    }
+    request_begin(bs);
+    bale_co_request_init(&req);
+    bale_co_request_add(&req);
+    bale_store_flush(s->store, bale_co_request_done, &req);
+    return bale_co_request_wait(&req);
+}
+
+static int coroutine_fn bale_co_block_status(BlockDriverState *bs,
+                                             bool want_zero, int64_t offset,
+                                             int64_t bytes, int64_t *pnum,
+                                             int64_t *map,
+                                             BlockDriverState **file)
+{
+    BDRVBaleState *s = bs->opaque;
+    uint64_t size = bale_image_size(s->image);
+    BaleClusterStatus status;
+    uint64_t run;
+    int ret;
+
+    request_begin(bs);
+    if ((uint64_t)offset >= size) {
+        *pnum = bytes;
+        return BDRV_BLOCK_ZERO;
+    }
+    ret = bale_image_status(s->image, offset, MIN((uint64_t)bytes,
+                            size - offset), &status, &run);
+    if (ret < 0) {
+        return ret;
+    }
+    *pnum = MIN(run, (uint64_t)bytes);
+    if ((uint64_t)offset + *pnum == size) {
+        *pnum = QEMU_ALIGN_UP(*pnum, BDRV_SECTOR_SIZE);
+    }
+
+    switch (status) {
+    case BALE_CLUSTER_DATA:
+        return BDRV_BLOCK_DATA;
+    case BALE_CLUSTER_ZERO:
+        return BDRV_BLOCK_ZERO;
+    case BALE_CLUSTER_UNALLOCATED:
+        return 0;
+    }
+    g_assert_not_reached();
+}
+
+/*
+ * --- Drain and AioContext
+ */
+
+static void coroutine_fn bale_co_drain_begin(BlockDriverState *bs)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    if (s->dev) {
+        bale_bdrv_device_drain_begin(s->dev);
+    }
+}
+
+static void coroutine_fn bale_co_drain_end(BlockDriverState *bs)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    if (s->dev) {
+        bale_bdrv_device_drain_end(s->dev);
+    }
+}
+
+static void bale_detach_aio_context(BlockDriverState *bs)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    bale_bdrv_device_detach(s->dev);
+}
+
+static void bale_attach_aio_context(BlockDriverState *bs,
+                                    AioContext *new_context)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    bale_bdrv_device_attach(s->dev, new_context);
+}
+
+/*
+ * --- Size, information, changes of the image
+ */
+
+static int64_t bale_getlength(BlockDriverState *bs)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    return QEMU_ALIGN_UP(bale_image_size(s->image), BDRV_SECTOR_SIZE);
+}
+
+static void bale_refresh_limits(BlockDriverState *bs, Error **errp)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    bs->bl.pwrite_zeroes_alignment = s->cluster_size;
+    bs->bl.pdiscard_alignment = s->cluster_size;
+}
+
+static int bale_get_info(BlockDriverState *bs, BlockDriverInfo *bdi)
+{
+    BDRVBaleState *s = bs->opaque;
+    BaleStoreInfo info;
+
+    bale_store_get_info(s->store, &info);
+    bdi->cluster_size = s->cluster_size;
+    bdi->is_dirty = info.corrupt;
+    return 0;
+}
+
+typedef struct EngineChange {
+    BaleImage *image;
+    uint64_t size;
+    const char *backing_file;
+    const char *backing_format;
+    GError *err;
+    bool ok;
+} EngineChange;
+
+static void engine_resize_blocking(void *opaque)
+{
+    EngineChange *c = opaque;
+
+    c->ok = bale_image_resize(c->image, c->size, &c->err);
+}
+
+static void engine_set_backing_blocking(void *opaque)
+{
+    EngineChange *c = opaque;
+
+    c->ok = bale_image_set_backing(c->image, c->backing_file,
+                                   c->backing_format, &c->err);
+}
+
+static void engine_clear_blocking(void *opaque)
+{
+    EngineChange *c = opaque;
+
+    c->ok = bale_image_clear(c->image, &c->err);
+}
+
+static int engine_change(BlockDriverState *bs, BaleBlockingFunc *fn,
+                         EngineChange *c, Error **errp)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    c->image = s->image;
+    engine_run(bs, fn, c);
+    return c->ok ? 0 : bale_bridge_error(c->err, errp);
+}
+
+static int coroutine_fn bale_co_truncate(BlockDriverState *bs, int64_t offset,
+                                         bool exact, PreallocMode prealloc,
+                                         BdrvRequestFlags flags, Error **errp)
+{
+    BDRVBaleState *s = bs->opaque;
+    uint64_t old_size = bale_image_size(s->image);
+    EngineChange c = { .size = offset };
+    int ret;
+
+    if (prealloc != PREALLOC_MODE_OFF) {
+        error_setg(errp, "Unsupported preallocation mode '%s'",
+                   PreallocMode_str(prealloc));
+        return -ENOTSUP;
+    }
+    if (!QEMU_IS_ALIGNED(offset, BDRV_SECTOR_SIZE)) {
+        error_setg(errp, "The new size must be a multiple of %u",
+                   (unsigned)BDRV_SECTOR_SIZE);
+        return -EINVAL;
+    }
+
+    ret = engine_change(bs, engine_resize_blocking, &c, errp);
+    if (ret < 0) {
+        return ret;
+    }
+    if ((flags & BDRV_REQ_ZERO_WRITE) && (uint64_t)offset > old_size) {
+        /* Before anybody can see what the backing node has there. */
+        ret = zero_range(bs, old_size, offset - old_size, 0);
+        if (ret < 0) {
+            Error *err = NULL;
+
+            error_setg_errno(errp, -ret, "Could not zero the new area");
+            c.size = old_size;
+            if (engine_change(bs, engine_resize_blocking, &c, &err) < 0) {
+                error_free(err);
+            }
+            return ret;
+        }
+    }
+    return 0;
+}
+
+static int bale_change_backing_file(BlockDriverState *bs,
+                                    const char *backing_file,
+                                    const char *backing_fmt)
+{
+    EngineChange c = {
+        .backing_file = backing_file,
+        .backing_format = backing_fmt,
+    };
+    Error *err = NULL;
+    int ret;
+
+    if (backing_file && strlen(backing_file) > BALE_BACKING_NAME_MAX) {
+        return -EINVAL;
+    }
+    ret = engine_change(bs, engine_set_backing_blocking, &c, &err);
+    if (ret < 0) {
+        error_free(err);
+        return ret;
+    }
+    pstrcpy(bs->auto_backing_file, sizeof(bs->auto_backing_file),
+            backing_file ?: "");
+    pstrcpy(bs->backing_file, sizeof(bs->backing_file), backing_file ?: "");
+    pstrcpy(bs->backing_format, sizeof(bs->backing_format), backing_fmt ?: "");
+    return 0;
+}
+
+static int bale_make_empty(BlockDriverState *bs)
+{
+    EngineChange c = { 0 };
+    Error *err = NULL;
+    int ret = engine_change(bs, engine_clear_blocking, &c, &err);
+
+    if (ret < 0) {
+        error_free(err);
+    }
+    return ret;
+}
+
+/*
+ * --- Check
+ */
+
+typedef struct EngineCheck {
+    BaleStore *store;
+    unsigned flags;
+    BaleCheckResult result;
+    GError *err;
+    bool ok;
+} EngineCheck;
+
+static bool check_report(void *opaque, const char *what, uint64_t done,
+                         uint64_t total)
+{
+    if (what) {
+        /* As for other formats, the result goes to stdout, possibly as JSON,
+         * and the findings to stderr. */
+        fprintf(stderr, "%s\n", what);
+    }
+    return true;
+}
+
+static void engine_check_blocking(void *opaque)
+{
+    EngineCheck *c = opaque;
+
+    c->ok = bale_store_check(c->store, c->flags, check_report, c, &c->result,
+                             &c->err);
+}
+
+static int to_count(uint64_t n)
+{
+    return MIN(n, INT_MAX);
+}
+
+static int coroutine_fn bale_co_check(BlockDriverState *bs,
+                                      BdrvCheckResult *result,
+                                      BdrvCheckMode fix)
+{
+    BDRVBaleState *s = bs->opaque;
+    EngineCheck c = { .store = s->store, .flags = BALE_CHECK_DATA };
+    uint64_t leaks, corruptions;
+
+    if (fix & BDRV_FIX_LEAKS) {
+        c.flags |= BALE_CHECK_FIX_LEAKS;
+    }
+    if (fix & BDRV_FIX_ERRORS) {
+        c.flags |= BALE_CHECK_FIX_ALL;
+    }
+    engine_run(bs, engine_check_blocking, &c);
+    if (!c.ok) {
+        Error *err = NULL;
+        int ret = bale_bridge_error(c.err, &err);
+
+        error_report_err(err);
+        result->check_errors++;
+        return ret;
+    }
+
+    leaks = c.result.leaked_pages;
+    corruptions = c.result.damaged + c.result.wrong_counters +
+                  c.result.bad_superblocks;
+    if (fix) {
+        uint64_t fixed = MIN(c.result.fixed, leaks + corruptions);
+        uint64_t leaks_fixed = MIN(fixed, leaks);
+
+        result->leaks_fixed = to_count(leaks_fixed);
+        result->corruptions_fixed = to_count(fixed - leaks_fixed);
+        leaks -= leaks_fixed;
+        corruptions -= fixed - leaks_fixed;
+    }
+    result->leaks = to_count(leaks);
+    result->corruptions = to_count(corruptions);
+    result->image_end_offset = c.result.end_offset;
+    result->bfi.total_clusters = c.result.clusters_total;
+    result->bfi.allocated_clusters = c.result.clusters_allocated;
+    result->bfi.compressed_clusters = c.result.clusters_compressed;
+    return 0;
+}
+
+/*
+ * --- Create and measure
+ */
+
+static QemuOptsList bale_create_opts = {
+    .name = "bale-create-opts",
+    .head = QTAILQ_HEAD_INITIALIZER(bale_create_opts.head),
+    .desc = {
+        {
+            .name = BLOCK_OPT_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Virtual disk size",
+        },
+        {
+            .name = BLOCK_OPT_BACKING_FILE,
+            .type = QEMU_OPT_STRING,
+            .help = "File name of a base image",
+        },
+        {
+            .name = BLOCK_OPT_BACKING_FMT,
+            .type = QEMU_OPT_STRING,
+            .help = "Image format of the base image",
+        },
+        {
+            .name = BLOCK_OPT_CLUSTER_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Unit of compression, 4K to 2M",
+            .def_value_str = "65536",
+        },
+        {
+            .name = BLOCK_OPT_COMPRESSION_TYPE,
+            .type = QEMU_OPT_STRING,
+            .help = "Compression: deflate (or zlib), zstd, none",
+            .def_value_str = "zstd",
+        },
+        {
+            .name = BALE_OPT_COMPRESSION_LEVEL,
+            .type = QEMU_OPT_NUMBER,
+            .help = "Level of the compression (default: its own default)",
+        },
+        {
+            .name = BALE_OPT_PAGE_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Unit of allocation in the file, a multiple of 2M "
+                    "(default: 64M)",
+        },
+        { /* end of list */ }
+    },
+};
+
+/* What bale_parse_create_opts() fills; the strings are owned. */
+typedef struct BaleCreateParams {
+    BaleCreateOptions o;
+    char *backing_file;
+    char *backing_format;
+} BaleCreateParams;
+
+static void bale_create_params_clear(BaleCreateParams *p)
+{
+    g_free(p->backing_file);
+    g_free(p->backing_format);
+}
+
+/*
+ * Take the options of this driver out of @opts, which then holds those of the
+ * protocol, and check them.
+ */
+static int bale_parse_create_opts(QemuOpts *opts, BaleCreateParams *p,
+                                  Error **errp)
+{
+    g_autofree char *codec = NULL;
+    uint64_t cluster_size, level;
+    GError *err = NULL;
+
+    memset(p, 0, sizeof(*p));
+    p->o.size = qemu_opt_get_size_del(opts, BLOCK_OPT_SIZE, 0);
+    if (p->o.size > UINT64_MAX - BDRV_SECTOR_SIZE) {
+        error_setg(errp, "Image size is too large");
+        return -EINVAL;
+    }
+    p->o.size = ROUND_UP(p->o.size, BDRV_SECTOR_SIZE);
+    cluster_size = qemu_opt_get_size_del(opts, BLOCK_OPT_CLUSTER_SIZE,
+                                         BALE_CLUSTER_SIZE_DEFAULT);
+    if (cluster_size < BALE_CLUSTER_SIZE_MIN ||
+        cluster_size > BALE_CLUSTER_SIZE_MAX ||
+        !is_power_of_2(cluster_size)) {
+        error_setg(errp, "Cluster size must be a power of two between %u and "
+                   "%uk", BALE_CLUSTER_SIZE_MIN, BALE_CLUSTER_SIZE_MAX / 1024);
+        return -EINVAL;
+    }
+    p->o.cluster_size = cluster_size;
+    p->o.page_size = qemu_opt_get_size_del(opts, BALE_OPT_PAGE_SIZE,
+                                           BALE_PAGE_SIZE_DEFAULT);
+    level = qemu_opt_get_number_del(opts, BALE_OPT_COMPRESSION_LEVEL,
+                                    BALE_CODEC_LEVEL_DEFAULT);
+    if (level > INT_MAX) {
+        error_setg(errp, "Compression level is out of range");
+        return -EINVAL;
+    }
+    p->o.level = level;
+    codec = qemu_opt_get_del(opts, BLOCK_OPT_COMPRESSION_TYPE);
+    if (!bale_codec_from_name(codec ?: "zstd", &p->o.codec, &err)) {
+        bale_bridge_error(err, errp);
+        return -EINVAL;
+    }
+    p->backing_file = qemu_opt_get_del(opts, BLOCK_OPT_BACKING_FILE);
+    p->backing_format = qemu_opt_get_del(opts, BLOCK_OPT_BACKING_FMT);
+    p->o.backing_file = p->backing_file;
+    p->o.backing_format = p->backing_format;
+    if (!bale_create_options_check(&p->o, &err)) {
+        bale_bridge_error(err, errp);
+        return -EINVAL;
+    }
+    return 0;
+}
+
+typedef struct EngineCreate {
+    BaleDevice *device;
+    const BaleCreateOptions *options;
+    GError *err;
+    bool ok;
+} EngineCreate;
+
+static void engine_create_blocking(void *opaque)
+{
+    EngineCreate *c = opaque;
+
+    c->ok = bale_store_create(c->device, c->options, &c->err);
+    bale_device_close(c->device);
+}
+
+static int coroutine_fn bale_co_create_opts(BlockDriver *drv,
+                                            const char *filename,
+                                            QemuOpts *opts, Error **errp)
+{
+    BaleCreateParams params;
+    EngineCreate c = { .options = &params.o };
+    BlockDriverState *bs = NULL;
+    BlockBackend *blk = NULL;
+    BaleBdrvDevice *dev = NULL;
+    bool created = false;
+    int ret;
+
+    ret = bale_parse_create_opts(opts, &params, errp);
+    if (ret < 0) {
+        goto out;
+    }
+    ret = bdrv_create_file(filename, opts, errp);
+    if (ret < 0) {
+        goto out;
+    }
+    created = true;
+    bs = bdrv_open(filename, NULL, NULL,
+                   BDRV_O_RDWR | BDRV_O_RESIZE | BDRV_O_PROTOCOL, errp);
+    if (!bs) {
+        ret = -EIO;
+        goto out;
+    }
+    blk = blk_new_with_bs(bs, BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE |
+                          BLK_PERM_RESIZE, BLK_PERM_ALL, errp);
+    if (!blk) {
+        ret = -EPERM;
+        goto out;
+    }
+    dev = bale_bdrv_device_new(NULL, (BdrvChild *)blk_root(blk),
+                               bdrv_get_aio_context(bs), false, errp);
+    if (!dev) {
+        ret = -EINVAL;
+        goto out;
+    }
+
+    c.device = bale_bdrv_device_get(dev);
+    bale_bridge_run(bdrv_get_aio_context(bs), engine_create_blocking, &c);
+    ret = c.ok ? 0 : bale_bridge_error(c.err, errp);
+
+out:
+    bale_bdrv_device_unref(dev);
+    blk_unref(blk);
+    if (ret < 0 && created && bs) {
+        bdrv_co_delete_file_noerr(bs);
+    }
+    bdrv_unref(bs);
+    bale_create_params_clear(&params);
+    return ret;
+}
+
+/*
+ * An upper bound: whether and how well the data compresses is not known, so
+ * each cluster counts as it is, with its record's header, in whole pages.
+ */
+static uint64_t measure_bytes(const BaleCreateOptions *o, uint64_t clusters)
+{
+    /* A header is far below this; a page also loses its end, where the next
+     * record does not fit. */
+    const uint64_t record = o->cluster_size + MEASURE_RECORD_HEADER;
+    uint64_t per_page = (o->page_size - MEASURE_PAGE_HEADER) / record;
+    uint64_t pages = DIV_ROUND_UP(clusters, MAX(per_page, 1));
+
+    return MEASURE_SUPER + (pages + MEASURE_PAGES_MIN) *
+        o->page_size;
+}
+
+static BlockMeasureInfo *bale_measure(QemuOpts *opts, BlockDriverState *in_bs,
+                                      Error **errp)
+{
+    BaleCreateParams params;
+    BlockMeasureInfo *info = NULL;
+    uint64_t size, used = 0;
+    uint32_t cluster_size;
+
+    if (bale_parse_create_opts(opts, &params, errp) < 0) {
+        goto out;
+    }
+    size = params.o.size;
+    cluster_size = params.o.cluster_size;
+
+    if (in_bs) {
+        int64_t in_size = bdrv_getlength(in_bs);
+        int64_t offset, pnum;
+
+        if (in_size < 0) {
+            error_setg_errno(errp, -in_size,
+                             "Unable to get image virtual_size");
+            goto out;
+        }
+        size = in_size;
+        for (offset = 0; offset < in_size; offset += pnum) {
+            int ret = bdrv_block_status_above(in_bs, NULL, offset,
+                                              in_size - offset, &pnum, NULL,
+                                              NULL);
+            if (ret < 0) {
+                error_setg_errno(errp, -ret, "Unable to get block status");
+                goto out;
+            }
+            if (params.o.backing_file ||
+                ((ret & BDRV_BLOCK_DATA) && !(ret & BDRV_BLOCK_ZERO))) {
+                /* From here to the end of the cluster, counted once. */
+                pnum = QEMU_ALIGN_UP(offset + pnum, cluster_size) - offset;
+                used += DIV_ROUND_UP(pnum, cluster_size);
+            }
+        }
+    }
+
+    info = g_new0(BlockMeasureInfo, 1);
+    info->required = measure_bytes(&params.o, used);
+    info->fully_allocated = measure_bytes(&params.o,
+                                          DIV_ROUND_UP(size, cluster_size));
+
+out:
+    bale_create_params_clear(&params);
+    return info;
+}
+
+static int bale_has_zero_init(BlockDriverState *bs)
+{
+    return 1;
+}
+
+/*
+ * --- The driver
+ */
+
+static BlockDriver bdrv_bale = {
+    .format_name                     = BALE_FORMAT_NAME,
+    .instance_size                   = sizeof(BDRVBaleState),
+    .is_format                       = true,
+    .supports_backing                = true,
+    .create_opts                     = &bale_create_opts,
+
+    .bdrv_probe                      = bale_probe,
+    .bdrv_open                       = bale_open,
+    .bdrv_close                      = bale_close,
+    .bdrv_child_perm                 = bdrv_default_perms,
+    .bdrv_inactivate                 = bale_inactivate,
+    .bdrv_co_invalidate_cache        = bale_co_invalidate_cache,
+    .bdrv_reopen_prepare             = bale_reopen_prepare,
+    .bdrv_reopen_commit              = bale_reopen_commit,
+    .bdrv_reopen_abort               = bale_reopen_abort,
+
+    .bdrv_co_preadv_part             = bale_co_preadv_part,
+    .bdrv_co_pwritev_part            = bale_co_pwritev_part,
+    .bdrv_co_pwritev_compressed_part = bale_co_pwritev_compressed_part,
+    .bdrv_co_pwrite_zeroes           = bale_co_pwrite_zeroes,
+    .bdrv_co_pdiscard                = bale_co_pdiscard,
+    .bdrv_co_flush_to_os             = bale_co_flush,
+    .bdrv_co_block_status            = bale_co_block_status,
+
+    .bdrv_co_drain_begin             = bale_co_drain_begin,
+    .bdrv_co_drain_end               = bale_co_drain_end,
+    .bdrv_detach_aio_context         = bale_detach_aio_context,
+    .bdrv_attach_aio_context         = bale_attach_aio_context,
+
+    .bdrv_getlength                  = bale_getlength,
+    .bdrv_refresh_limits             = bale_refresh_limits,
+    .bdrv_get_info                   = bale_get_info,
+    .bdrv_co_truncate                = bale_co_truncate,
+    .bdrv_change_backing_file        = bale_change_backing_file,
+    .bdrv_make_empty                 = bale_make_empty,
+    .bdrv_has_zero_init              = bale_has_zero_init,
+    .bdrv_co_check                   = bale_co_check,
+
+    .bdrv_co_create_opts             = bale_co_create_opts,
+    .bdrv_measure                    = bale_measure,
+};
+
+static void bale_block_init(void)
+{
+    bdrv_register(&bdrv_bale);
+}
+
+block_init(bale_block_init);
