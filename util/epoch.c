@@ -28,7 +28,8 @@
  * scan that is made at E sees it.
  *
  * Threads: everything may be called by any thread.  The lock protects the
- * queue only and is never held while an action runs.
+ * queue only and is never held while an action runs.  It is pthread's and not
+ * GLib's, because ThreadSanitizer knows that one.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -36,6 +37,7 @@
 #include "util/epoch.h"
 
 #include <assert.h>
+#include <pthread.h>
 #include <stdatomic.h>
 
 #define EPOCH_SLOTS 64          /* a power of two */
@@ -65,7 +67,7 @@ struct BaleEpoch {
     atomic_uint_fast64_t executed;
 
     /* Under the lock. */
-    GMutex lock;
+    pthread_mutex_t lock;
     EpochAction *head;
     EpochAction **tail;
 
@@ -98,7 +100,7 @@ BaleEpoch *bale_epoch_new(void)
     /* Start above the grace period, so that "epoch - 1" is always a number. */
     atomic_init(&e->epoch, EPOCH_GRACE);
     e->tail = &e->head;
-    g_mutex_init(&e->lock);
+    pthread_mutex_init(&e->lock, NULL);
     return e;
 }
 
@@ -113,7 +115,7 @@ void bale_epoch_free(BaleEpoch *e)
             assert(atomic_load(&e->slots[i].count[p]) == 0);
         }
     }
-    g_mutex_clear(&e->lock);
+    pthread_mutex_destroy(&e->lock);
     g_free(e->slots_memory);
     g_free(e);
 }
@@ -159,7 +161,7 @@ void bale_epoch_defer(BaleEpoch *e, BaleEpochFunc *fn, void *opaque)
     action->fn = fn;
     action->opaque = opaque;
 
-    g_mutex_lock(&e->lock);
+    pthread_mutex_lock(&e->lock);
     /*
      * A read-modify-write rather than a load: the thread that advances the
      * epoch next reads this very write, so whoever enters after that also sees
@@ -170,7 +172,7 @@ void bale_epoch_defer(BaleEpoch *e, BaleEpochFunc *fn, void *opaque)
     e->tail = &action->next;
     atomic_fetch_add(&e->unfinished, 1);
     atomic_fetch_add(&e->pending, 1);
-    g_mutex_unlock(&e->lock);
+    pthread_mutex_unlock(&e->lock);
 }
 
 /* One step of the epoch if nobody is left in the one before the current. */
@@ -202,7 +204,7 @@ unsigned bale_epoch_poll(BaleEpoch *e)
     }
     epoch = atomic_load(&e->epoch);
 
-    g_mutex_lock(&e->lock);
+    pthread_mutex_lock(&e->lock);
     while (e->head && e->head->epoch + EPOCH_GRACE <= epoch) {
         EpochAction *action = e->head;
 
@@ -217,7 +219,7 @@ unsigned bale_epoch_poll(BaleEpoch *e)
         count++;
     }
     atomic_fetch_sub(&e->pending, count);
-    g_mutex_unlock(&e->lock);
+    pthread_mutex_unlock(&e->lock);
 
     while (ready) {
         EpochAction *action = ready;
@@ -253,7 +255,7 @@ void bale_epoch_get_stats(BaleEpoch *e, BaleEpochStats *stats)
             readers += atomic_load(&e->slots[i].count[p]);
         }
     }
-    g_mutex_lock(&e->lock);
+    pthread_mutex_lock(&e->lock);
     /* Under the lock nothing moves into or out of the queue. */
     unfinished = atomic_load(&e->unfinished);
     pending = atomic_load(&e->pending);
@@ -267,5 +269,5 @@ void bale_epoch_get_stats(BaleEpoch *e, BaleEpochStats *stats)
     if (e->head) {
         stats->oldest_age = stats->epoch - e->head->epoch;
     }
-    g_mutex_unlock(&e->lock);
+    pthread_mutex_unlock(&e->lock);
 }

@@ -104,11 +104,10 @@ int bale_index_set(BaleIndex *index, uint64_t key, uint64_t value,
 typedef bool BaleIndexVisit(uint64_t key, uint64_t value, void *opaque);
 
 /*
- * Visit every key, in no particular order (the same order for the same keys,
- * whatever the size of the tables, only per segment of the key space).  Exact
- * when nobody changes the index.  Otherwise fuzzy: a key that is present all
- * the time is visited exactly once, with a value that it had at some moment
- * of the walk; a key that comes or goes meanwhile is visited at most once.
+ * Visit every key, in no particular order.  Exact when nobody changes the
+ * index.  Otherwise fuzzy: a key that is present all the time is visited
+ * exactly once, with a value that it had at some moment of the walk; a key
+ * that comes or goes meanwhile is visited at most once.
  *
  * @visit is called outside of the epoch and of any lock: it may do I/O and use
  * the index.  Returns false if @visit stopped the walk.
