@@ -57,6 +57,7 @@ SUPER_LENGTH = 512
 SUPER_MAGIC = b'BALESTOR'
 PAGE_MAGIC = b'BALEPAGE'
 PAGE_LENGTH = 64
+PAGE_OPEN = 1                   # flag in the page table
 RECORD_MAGIC = 0xB41EC0DE
 HEADER = 64
 HEADER_MAX = 256
@@ -75,14 +76,17 @@ PART_PAGES, PART_INDEX, PART_IMAGE = range(1, 4)
 
 DEVICE_MAX = 1 << 48
 IMAGE_SIZE_MAX = 1 << 60
-IMAGE_CLUSTERS_MAX = 1 << 40
+IMAGE_CLUSTERS_MAX = 1 << 36
 PAYLOAD_MAX = 4 * MiB
 BARRIERS_MAX = 64
 SEGMENT_PAYLOAD_MAX = 24 + BARRIERS_MAX * 24
+IMAGE_PAYLOAD_MAX = 32 + 255 + 4095 + 63
 PARTS_MAX = 100000
 CHUNK = 16384                   # index values in a chunk
+# Limits of the size classes, in 1/256 of a cluster
+CLASSES = (0, 1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 208, 256)
 
-SUPER = struct.Struct('<8sIIQQQ16sQIIQQIIQQI4xQQ368xQ')
+SUPER = struct.Struct('<8sIIQQQ16sQIIQQIIQQIIQQ368xQ')
 assert SUPER.size == SUPER_LENGTH
 PAGE = struct.Struct('<8sIIQQQ16xQ')
 assert PAGE.size == PAGE_LENGTH
@@ -144,6 +148,14 @@ def unzstd(data, length):
     return out.raw
 
 
+def size_class(length, cluster_size):
+    """The smallest class, from 1 on, that a payload of @length fits in."""
+    for number, limit in enumerate(CLASSES):
+        if number and length <= limit * cluster_size // 256:
+            return number
+    raise Damage('payload longer than a cluster')
+
+
 class Device:
     """The bytes of a file or block device; zeroes behind its end."""
 
@@ -172,8 +184,8 @@ class Superblock:
          self.ro_compatible, self.compatible, self.uuid, self.generation,
          self.state, self.cluster_size, self.page_size, self.super_size,
          self.block_size, self.copy, self.root_address, self.root_version,
-         self.root_length, self.next_sequence, self.device_end,
-         self.checksum) = SUPER.unpack(raw)
+         self.root_length, self.root_end, self.next_sequence,
+         self.device_end, self.checksum) = SUPER.unpack(raw)
         self.problem = self.find_problem(raw, copy)
 
     def find_problem(self, raw, copy):
@@ -290,7 +302,7 @@ class Page:
     def __init__(self, number, base):
         self.number = number
         self.base = base
-        self.state = 'free'     # free, used, damaged header, unreadable
+        self.state = 'free'     # free, used, damaged header, foreign
         self.bucket = None
         self.version = None
         self.first_sequence = 0
@@ -416,7 +428,8 @@ class Store:
     def payload_cap(self, kind):
         if kind == DATA:
             return self.sb.cluster_size
-        return SEGMENT_PAYLOAD_MAX if kind == SEGMENT else PAYLOAD_MAX
+        return {SEGMENT: SEGMENT_PAYLOAD_MAX,
+                IMAGE: IMAGE_PAYLOAD_MAX}.get(kind, PAYLOAD_MAX)
 
     def read_header(self, page, version, offset):
         """The Record at @offset of @page; Damage if it does not verify."""
@@ -498,9 +511,12 @@ class Store:
         about torn tails yet."""
         if self.pages is not None:
             return
+        self.barriers = {}      # (page, version) -> proven end
+        self.add_checkpoint_ends()
         self.pages = [self.scan_page(n) for n in range(self.page_count)]
-        self.find_proven_ends()
+        self.resolve_headerless()
         for page in self.pages:
+            page.proven = self.barriers.get((page.number, page.version), 0)
             if page.version is not None:
                 self.judge_page(page)
 
@@ -520,14 +536,30 @@ class Store:
                                   'block is not zero')
         else:
             page.bucket = None
-            page.version = self.version_of_segments(page, not empty)
-            if page.version is not None:
+            found = self.segment_record(page, BLOCK)
+            if found:
                 page.state = 'damaged header'
-            elif not empty:
+                page.version = found[0].version
+            elif not empty or not is_zero(self.device.read(page.base + BLOCK,
+                                                           BLOCK)):
                 page.state = 'foreign'
         if page.version is not None:
             self.walk(page)
         return page
+
+    def resolve_headerless(self):
+        """Pages without a header whose version only a barrier knows."""
+        again = True
+        while again:            # each round gives a page its version
+            again = False
+            for page in self.pages:
+                versions = [v for number, v in self.barriers
+                            if number == page.number]
+                if page.state == 'foreign' and versions:
+                    page.state = 'damaged header'
+                    page.version = max(versions)
+                    self.walk(page)
+                    again = True
 
     def page_room(self, page):
         """One past the last offset of @page that exists, in whole blocks."""
@@ -541,7 +573,7 @@ class Store:
             raw = self.device.read(page.base + offset, HEADER)
             if int.from_bytes(raw[:4], 'little') != RECORD_MAGIC:
                 return None
-            version = RECORD.unpack(raw)[6]
+            version = RECORD.unpack(raw)[7]
         try:
             r, payload = self.read_record(page.number, version, offset)
         except Damage:
@@ -557,17 +589,6 @@ class Store:
                 or len(payload) != SEGMENT_HEAD.size + 24 * barriers):
             return None
         return r, payload
-
-    def version_of_segments(self, page, everywhere):
-        """The highest version of a segment record of @page, or None.  Only
-        the first place is looked at unless @everywhere."""
-        best = None
-        stop = self.page_room(page) if everywhere else 2 * BLOCK
-        for offset in range(BLOCK, stop, BLOCK):
-            found = self.segment_record(page, offset)
-            if found and (best is None or found[0].version > best):
-                best = found[0].version
-        return best
 
     def walk(self, page):
         """Find all segments of @page, also behind ones that are not whole."""
@@ -595,6 +616,8 @@ class Store:
         segment.records_count = count
         segment.barriers = [BARRIER.unpack_from(payload, 24 + 24 * i)
                             for i in range(barriers)]
+        for barrier in segment.barriers:
+            self.add_barrier(*barrier)
         self.fill_segment(segment)
         return segment
 
@@ -680,30 +703,21 @@ class Store:
             segment.complaints.append(r.describe())
         segment.records.append(r)
 
-    def find_proven_ends(self):
-        """Barriers of all whole segments, and what the checkpoint says."""
-        for page in self.pages:
-            for segment in page.segments:
-                if segment.whole:
-                    for barrier in segment.barriers:
-                        self.apply_barrier(*barrier)
+    def add_checkpoint_ends(self):
+        if self.sb.root_address == 0:
+            return
         try:
             for entry in self.checkpoint_pages(self.read_root()):
-                self.apply_barrier(entry['page'], entry['version'],
-                                   entry['end'])
+                self.add_barrier(entry['page'], entry['version'],
+                                 entry['end'])
         except Damage as error:
-            if self.sb.root_address:
-                self.problem(f'checkpoint: {error}')
+            self.problem(f'checkpoint: {error}')
 
-    def apply_barrier(self, number, version, end):
-        if (number >= self.page_count or end > self.sb.page_size
-                or end % BLOCK or version == 0):
-            return
-        page = self.pages[number]
-        if page.version == version:
-            page.proven = max(page.proven, end)
-        elif page.state == 'foreign':
-            page.state = 'unreadable'
+    def add_barrier(self, page, version, end):
+        if (page < self.page_count and end <= self.sb.page_size
+                and end % BLOCK == 0 and version != 0):
+            key = page, version
+            self.barriers[key] = max(self.barriers.get(key, 0), end)
 
     def judge_page(self, page):
         """Drop the torn tail of @page and report damage below its proven
@@ -745,7 +759,7 @@ class Store:
                     segment.complaints.append(f'directory: {error}')
                 else:
                     first = min([e.offset for e in part.directory] + [at])
-                    if first > covered + HEADER + SEGMENT_PAYLOAD_MAX + 8:
+                    if first > covered + HEADER_MAX + SEGMENT_PAYLOAD_MAX:
                         segment.unnamed = True
                     segment.records += part.records
                     segment.complaints += part.complaints
@@ -770,10 +784,6 @@ class Store:
         for page in self.pages:
             if page.state == 'damaged header':
                 self.problem(f'page {page.number}: damaged header')
-            elif page.state == 'unreadable':
-                self.problem(f'page {page.number}: no valid header and no '
-                             'valid segment')
-                self.corrupt = True
             elif page.state == 'foreign':
                 self.notes.append(f'page {page.number}: not a page of this '
                                   'store')
@@ -815,6 +825,8 @@ class Store:
                 self.problem(f'page {r.page}, record at {r.offset}: {error}')
                 self.corrupt = True
                 return
+            if image.size > IMAGE_CLUSTERS_MAX * self.sb.cluster_size:
+                raise Unreadable('image of too many clusters')
             state.images[image.id] = image
             first = -(-image.size // self.sb.cluster_size)
             state.layer(r.layer).assign(first, IMAGE_CLUSTERS_MAX, None)
@@ -853,7 +865,7 @@ class Store:
         entries = [PART_ENTRY.unpack_from(payload, 32 + 40 * i)
                    for i in range(parts)]
         return {'next_sequence': next_sequence, 'pages': pages,
-                'parts': entries, 'sequence': r.sequence}
+                'parts': entries, 'page': r.page}
 
     def read_part(self, part):
         kind, length, address, version, a, b = part
@@ -871,6 +883,8 @@ class Store:
             if kind != PART_PAGES:
                 continue
             r, payload = self.read_part(part)
+            if r.page != root['page']:
+                raise Damage('page table: not in the page of the root')
             if len(payload) != count * PAGE_ENTRY.size:
                 raise Damage('page table: wrong length')
             if first + count > root['pages']:
@@ -878,10 +892,13 @@ class Store:
             for i in range(count):
                 (v, bucket, flags, end, live, first_sequence,
                  tombstone) = PAGE_ENTRY.unpack_from(payload, i * 48)
-                if end > self.sb.page_size:
+                if first + i == root['page']:
+                    end = self.sb.root_end * BLOCK
+                if end > self.sb.page_size or end % BLOCK:
                     raise Damage('page table: end out of range')
                 pages.append({'page': first + i, 'version': v,
-                              'bucket': bucket, 'end': end, 'live': live,
+                              'bucket': bucket, 'open': bool(flags & PAGE_OPEN),
+                              'end': end, 'live': live,
                               'first_sequence': first_sequence,
                               'tombstone': tombstone})
         if sorted(p['page'] for p in pages) != list(range(root['pages'])):
@@ -947,7 +964,7 @@ class Store:
             ranges.assign(first + i, first + i + 1, r)
 
     def size_class(self, length):
-        return -(-length * 15 // self.sb.cluster_size)
+        return size_class(length, self.sb.cluster_size)
 
     # --- whole store ---
 
@@ -1153,14 +1170,9 @@ def check_page_table(store, state):
     for ranges in state.layers.values():
         for start, end, r in ranges:
             if r.type == DATA and r.payload_length is not None:
-                bytes_ = 64 + store.size_class(r.payload_length) * size // 15
+                bytes_ = 64 + (CLASSES[store.size_class(r.payload_length)]
+                              * size // 256)
                 live[r.page] = live.get(r.page, 0) + bytes_
-    root = store.read_root()
-    mine = [(store.sb.root_address, store.sb.root_length)] + [
-        (p[2], 64 + p[1]) for p in root['parts']]
-    for address, length in mine:
-        page = (address - SUPER_SIZE) // store.sb.page_size
-        live[page] = live.get(page, 0) + length
     known = {p['page']: p for p in store.page_table}
     for page in store.pages:
         entry = known.get(page.number)
@@ -1177,7 +1189,7 @@ def check_page_table(store, state):
         if entry['end'] != end:
             store.problem(f'page {page.number}: ends at {end}, but '
                           f'{entry["end"]} in the page table')
-        if entry['live'] != live.get(page.number, 0):
+        if entry['bucket'] != 1 and entry['live'] != live.get(page.number, 0):
             store.notes.append(
                 f'page {page.number}: {live.get(page.number, 0)} live bytes, '
                 f'but {entry["live"]} in the page table')

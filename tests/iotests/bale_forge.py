@@ -38,7 +38,7 @@ UUID = bytes(range(16))
 SUPER_FIELDS = ('magic', 'version', 'length', 'incompatible', 'ro_compatible',
                 'compatible', 'uuid', 'generation', 'state', 'cluster_size',
                 'page_size', 'super_size', 'block_size', 'copy',
-                'root_address', 'root_version', 'root_length',
+                'root_address', 'root_version', 'root_length', 'root_end',
                 'next_sequence', 'device_end', 'checksum')
 PAGE_FIELDS = ('magic', 'bucket', 'length', 'page', 'version',
                'first_sequence', 'checksum')
@@ -83,7 +83,7 @@ class Forge:
         self.tombstones = {}
         self.image_part = None
         self.placed = []            # (dict, page, offset) of every record
-        self.root = (0, 0, 0)
+        self.root = (0, 0, 0, 0)
         self.identity = reader.checksum(uuid, 0)
 
     # --- the bytes ---
@@ -244,8 +244,8 @@ class Forge:
         """Append a segment; the offset of its segment record."""
         page = self.page if page is None else page
         start = self.tails[page]
-        next_sequence = max([self.sequence]
-                            + [r['sequence'] + 1 for r in records])
+        last_sequence = max([self.sequence - 1]
+                            + [r['sequence'] for r in records])
         head_size = 64 + 24 + 24 * len(barriers)
         at = start + reader.round_up(head_size, 16)
         entries = b''
@@ -258,14 +258,14 @@ class Forge:
             self.account(r, page, at)
             at = self.put_record(page, at, r)
         directory = self.record(reader.DIRECTORY, entries, layer=0,
-                                sequence=next_sequence)
+                                sequence=last_sequence)
         end = reader.round_up(at + 64 + len(entries), BLOCK)
         payload = reader.SEGMENT_HEAD.pack(end - start, at, len(records),
                                            len(barriers))
         for barrier in barriers:
             payload += reader.BARRIER.pack(*barrier)
         self.put_record(page, start, self.record(
-            reader.SEGMENT, payload, layer=0, sequence=next_sequence))
+            reader.SEGMENT, payload, layer=0, sequence=last_sequence))
         last = self.put_record(page, at, directory)
         self.put(self.base(page) + last, bytes(end - last))
         assert end <= self.page_size
@@ -297,13 +297,14 @@ class Forge:
             if kind == reader.DROP:
                 continue
             size_class = (0 if kind == reader.ZERO else
-                          -(-len(r['payload']) * 15 // self.cluster_size))
+                          reader.size_class(len(r['payload']),
+                                            self.cluster_size))
             self.index[layer, cluster] = address | size_class
             if size_class:
                 self.live[page] += self.live_of(size_class)
 
     def live_of(self, value):
-        return 64 + (value & 15) * self.cluster_size // 15
+        return 64 + reader.CLASSES[value & 15] * self.cluster_size // 256
 
     # --- checkpoint and superblocks ---
 
@@ -340,8 +341,6 @@ class Forge:
         root_offset = at
         at += reader.round_up(64 + len(root['payload']), 16)
         end = reader.round_up(at + 64 + 40 * (len(records) + 1), BLOCK)
-        self.live[page] += sum(64 + len(r['payload']) for r in records)
-        self.live[page] += 64 + len(root['payload'])
         rows = b''
         for p in range(count):
             if p not in self.tails:
@@ -349,7 +348,7 @@ class Forge:
                 continue
             rows += reader.PAGE_ENTRY.pack(
                 self.versions[p], self.buckets[p], 0,
-                end if p == page else self.tails[p], self.live[p],
+                0 if p == page else self.tails[p], self.live[p],
                 self.firsts[p], self.tombstones.get(p, 0))
         table['payload'] = rows
         if self.image_part:
@@ -362,17 +361,17 @@ class Forge:
         self.segment(records + [root], barriers, page)
         assert self.tails[page] == end
         self.root = (self.base(page) + root_offset, self.versions[page],
-                     64 + len(root['payload']))
+                     64 + len(root['payload']), end // BLOCK)
 
     def superblocks(self, clean=True):
-        address, version, length = self.root
+        address, version, length, end = self.root
         for copy, at in enumerate(reader.SUPER_ADDRESSES):
             self.put(at, bytes(BLOCK))
             self.put(at, reader.SUPER.pack(
                 reader.SUPER_MAGIC, 1, 512, 0, 0, 0, self.uuid,
                 self.generation + (copy & 1), reader.STATE_CLEAN if clean
                 else 0, self.cluster_size, self.page_size, reader.SUPER_SIZE,
-                BLOCK, copy, address, version, length, self.sequence,
+                BLOCK, copy, address, version, length, end, self.sequence,
                 len(self.bytes), 0))
             self.seal_super(copy)
 
