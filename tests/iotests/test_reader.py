@@ -219,7 +219,7 @@ class TornStores(ReaderCase):
     def test_unproven_segment_is_dropped_quietly(self):
         disk, _, second = self.two_segments()
         disk.forge.superblocks(clean=False)
-        disk.forge.flip(disk.forge.base(0) + second + 500)
+        disk.forge.flip(disk.forge.base(0) + second + 64)
         disk.clear(8, 8)
         store = self.check_bytes(disk)
         self.assertEqual(store.problems, [])
@@ -231,7 +231,7 @@ class TornStores(ReaderCase):
         keep = bytes(disk.bytes)
         f.segment([disk.write(1)])      # no barrier: not proven either
         f.superblocks(clean=False)
-        f.flip(f.base(0) + second + 500)
+        f.flip(f.base(0) + second + 64)
         disk.bytes[:] = keep
         disk.clear(8, 8)
         self.check_bytes(disk)
