@@ -43,39 +43,48 @@ FIGURES
 
 /*
  * igzip ends a block when its token buffer is full.  With the buffer that its
- * header recommends a cluster is one block; at this size, 11 Ki tokens,
- * clusters that compress badly get several blocks and with them better
- * Huffman codes, and the buffer stays in the second-level cache.
+ * header recommends a cluster is one block.  Smaller ones cost the building
+ * of more Huffman codes and yield codes that fit better.
  */
-#define IGZIP_TOKENS (11 * 1024)
-#define IGZIP3_BUF_LEN \
-    (ISAL_DEF_LVL3_REQ + ISAL_DEF_LVL3_TOKEN_SIZE * IGZIP_TOKENS)
-#define IGZIP1_BUF_LEN ISAL_DEF_LVL1_DEFAULT
-#define IGZIP_BUF_LEN MAX(IGZIP1_BUF_LEN, IGZIP3_BUF_LEN)
+#define IGZIP_BUF_LEN(level, tokens) \
+    (ISAL_DEF_LVL##level##_REQ + ISAL_DEF_LVL##level##_TOKEN_SIZE * (tokens))
+#define IGZIP_BUF_MAX_LEN \
+    MAX(ISAL_DEF_LVL1_DEFAULT, \
+        MAX(ISAL_DEF_LVL2_DEFAULT, ISAL_DEF_LVL3_DEFAULT))
 
 /*
- * The mixture of the default deflate level.  Very regular clusters: igzip has
- * a fixed cost there and finds less.  Random ones: a quick look for matches is
- * enough.  Between the two percentages of its length a cluster that igzip has
- * compressed is mostly code with short matches, which libdeflate knows how to
- * use.
+ * The default deflate level in order of entropy.  Very regular and random
+ * clusters: igzip's lower levels find as much there.  Those in between: where
+ * a microsecond of its level 3 saves most bytes.  A result in the range of the
+ * two percentages is mostly of code with short matches, which libdeflate can
+ * use and igzip cannot.
  */
 #define MIX_REGULAR ENTROPY_BITS(2.0)
-#define MIX_RANDOM ENTROPY_BITS(7.5)
-#define MIX_RETRY_MIN_PERCENT 72
-#define MIX_RETRY_MAX_PERCENT 85
+#define MIX_TEXT ENTROPY_BITS(4.0)
+#define MIX_CODE ENTROPY_BITS(6.0)
+#define MIX_PACKED ENTROPY_BITS(6.5)
+#define MIX_RANDOM ENTROPY_BITS(7.4)
+#define MIX_RETRY_MIN_PERCENT 70
+#define MIX_RETRY_MAX_PERCENT 82
 #define MIX_LIBDEFLATE_LEVEL 2
 
 /* Above this entropy matches of 4 bytes pay, below it those of 5. */
 #define ZSTD_SHORT_MATCHES ENTROPY_BITS(5.75)
+
+/* From where to where level 2 and level 3 use the stronger matcher. */
+#define ZSTD_DFAST_MIN ENTROPY_BITS(2.5)
+#define ZSTD_DFAST_MAX_2 ENTROPY_BITS(4.75)
+#define ZSTD_DFAST_MAX_3 ENTROPY_BITS(6.0)
+
+/* 512 KiB: fewer collisions cost less than the cache misses. */
 #define ZSTD_HASH_LOG 17
 
-/* Frames of level 19 for the longest cluster need no more than this. */
+/* The smallest window that the format can express. */
 #define ZSTD_MIN_WINDOW_LOG 10
 
 typedef enum DeflateMethod {
     DEFLATE_IGZIP1,
-    DEFLATE_IGZIP3,
+    DEFLATE_IGZIP2,
     DEFLATE_MIX,
     DEFLATE_LIBDEFLATE,
 } DeflateMethod;
@@ -92,11 +101,11 @@ struct BaleCodecContext {
     uint8_t *igzip_buf;
 
     /*
-     * At the first few levels, zstd clusters of an entropy below dfast_below
-     * go to the slower and stronger of two matchers.
+     * At the first few levels, zstd clusters of an entropy from ZSTD_DFAST_MIN
+     * to dfast_max go to the slower and stronger of two matchers.
      */
     bool zstd_mix;
-    unsigned dfast_below;
+    unsigned dfast_max;
     ZSTD_CCtx *zstd;
     ZSTD_CCtx *zstd_dfast;
     ZSTD_DCtx *unzstd;
@@ -170,14 +179,15 @@ bool bale_codec_check_level(BaleCodec codec, int level, GError **errp)
 }
 
 /*
- * log2 of @n (not 0) in 1/256, the fraction interpolated linearly: at most
- * 0.09 too low.  The thresholds were measured with it.
+ * log2 of @n (not 0) in 1/256.  The fraction f is f + 0.344 f (1 - f), which is
+ * off by less than 0.01.
  */
 static inline unsigned rough_log2(unsigned n)
 {
     unsigned whole = 31 - __builtin_clz(n);
+    unsigned f = ((uint64_t)n << 8 >> whole) - 256;
 
-    return (whole << 8) + (((uint64_t)n << 8 >> whole) - 256);
+    return (whole << 8) + f + (f * (256 - f) * 88 >> 16);
 }
 
 /* Estimate the entropy of a byte of @src in 1/256 bit. */
@@ -220,15 +230,17 @@ static unsigned sample_entropy(const uint8_t *src, size_t src_len)
         sum / (chunks * SAMPLE_CHUNK_LEN);
 }
 
-static size_t igzip_compress(BaleCodecContext *ctx, int level, void *dst,
-                             size_t dst_len, const void *src, size_t src_len)
+static size_t igzip_compress(BaleCodecContext *ctx, int level, size_t buf_len,
+                             void *dst, size_t dst_len, const void *src,
+                             size_t src_len)
 {
     struct isal_zstream *z = ctx->igzip;
 
+    assert(buf_len <= IGZIP_BUF_MAX_LEN);
     isal_deflate_init(z);
     z->level = level;
     z->level_buf = ctx->igzip_buf;
-    z->level_buf_size = level == 1 ? IGZIP1_BUF_LEN : IGZIP3_BUF_LEN;
+    z->level_buf_size = buf_len;
     z->end_of_stream = 1;
     z->flush = NO_FLUSH;
     z->gzip_flag = IGZIP_DEFLATE;
@@ -243,31 +255,46 @@ static size_t igzip_compress(BaleCodecContext *ctx, int level, void *dst,
     return dst_len - z->avail_out;
 }
 
+static size_t igzip_by_entropy(BaleCodecContext *ctx, void *dst,
+                               size_t dst_len, const void *src,
+                               size_t src_len)
+{
+    unsigned entropy = sample_entropy(src, src_len);
+    int level;
+    size_t buf_len;
+
+    if (entropy < MIX_REGULAR || entropy >= MIX_RANDOM) {
+        level = 1;
+        buf_len = ISAL_DEF_LVL1_DEFAULT;
+    } else if (entropy < MIX_TEXT || entropy >= MIX_PACKED) {
+        level = 2;
+        buf_len = IGZIP_BUF_LEN(2, 8192);
+    } else if (entropy < MIX_CODE) {
+        level = 3;
+        buf_len = IGZIP_BUF_LEN(3, 5120);
+    } else {
+        level = 3;
+        buf_len = IGZIP_BUF_LEN(3, 11264);
+    }
+    return igzip_compress(ctx, level, buf_len, dst, dst_len, src, src_len);
+}
+
 static size_t deflate_mix(BaleCodecContext *ctx, void *dst, size_t dst_len,
                           const void *src, size_t src_len)
 {
-    unsigned entropy = sample_entropy(src, src_len);
-    size_t len;
+    size_t len = igzip_by_entropy(ctx, dst, dst_len, src, src_len);
 
-    if (entropy < MIX_REGULAR) {
-        return libdeflate_deflate_compress(ctx->libdeflate, src, src_len,
-                                           dst, dst_len);
-    }
-    if (entropy >= MIX_RANDOM) {
-        return igzip_compress(ctx, 1, dst, dst_len, src, src_len);
-    }
-    len = igzip_compress(ctx, 3, dst, dst_len, src, src_len);
     if (len >= src_len * MIX_RETRY_MIN_PERCENT / 100 &&
         len < src_len * MIX_RETRY_MAX_PERCENT / 100) {
         size_t shorter =
-            libdeflate_deflate_compress(ctx->libdeflate, src, src_len,
-                                        dst, dst_len);
+            libdeflate_deflate_compress(ctx->libdeflate, src, src_len, dst,
+                                        len);
 
-        /* The first result is overwritten: make it again, rarely. */
-        if (shorter != 0 && shorter <= len) {
+        if (shorter != 0) {
             return shorter;
         }
-        len = igzip_compress(ctx, 3, dst, dst_len, src, src_len);
+        /* Rare: the first result is overwritten, so make it again. */
+        len = igzip_by_entropy(ctx, dst, dst_len, src, src_len);
     }
     return len;
 }
@@ -278,9 +305,11 @@ static ssize_t deflate_compress(BaleCodecContext *ctx, void *dst,
 {
     switch (ctx->deflate_method) {
     case DEFLATE_IGZIP1:
-        return igzip_compress(ctx, 1, dst, dst_len, src, src_len);
-    case DEFLATE_IGZIP3:
-        return igzip_compress(ctx, 3, dst, dst_len, src, src_len);
+        return igzip_compress(ctx, 1, ISAL_DEF_LVL1_DEFAULT, dst, dst_len,
+                              src, src_len);
+    case DEFLATE_IGZIP2:
+        return igzip_compress(ctx, 2, IGZIP_BUF_LEN(2, 8192), dst, dst_len,
+                              src, src_len);
     case DEFLATE_MIX:
         return deflate_mix(ctx, dst, dst_len, src, src_len);
     case DEFLATE_LIBDEFLATE:
@@ -299,7 +328,7 @@ static ssize_t zstd_compress(BaleCodecContext *ctx, void *dst, size_t dst_len,
     if (ctx->zstd_mix) {
         unsigned entropy = sample_entropy(src, src_len);
 
-        if (entropy < ctx->dfast_below) {
+        if (entropy >= ZSTD_DFAST_MIN && entropy < ctx->dfast_max) {
             zstd = ctx->zstd_dfast;
         } else {
             int match = entropy < ZSTD_SHORT_MATCHES ? 5 : 4;
@@ -421,7 +450,7 @@ static bool deflate_init(BaleCodecContext *ctx)
         ctx->deflate_method = DEFLATE_IGZIP1;
         break;
     case 2:
-        ctx->deflate_method = DEFLATE_IGZIP3;
+        ctx->deflate_method = DEFLATE_IGZIP2;
         break;
     case 3:
         ctx->deflate_method = DEFLATE_MIX;
@@ -434,7 +463,7 @@ static bool deflate_init(BaleCodecContext *ctx)
     }
     if (ctx->deflate_method != DEFLATE_LIBDEFLATE) {
         ctx->igzip = g_try_new0(struct isal_zstream, 1);
-        ctx->igzip_buf = g_try_malloc0(IGZIP_BUF_LEN);
+        ctx->igzip_buf = g_try_malloc0(IGZIP_BUF_MAX_LEN);
         if (ctx->igzip == NULL || ctx->igzip_buf == NULL) {
             return false;
         }
@@ -490,15 +519,15 @@ static bool zstd_init(BaleCodecContext *ctx)
     }
     if (ctx->level >= 1 && ctx->level <= 3) {
         ctx->zstd_mix = true;
-        ctx->dfast_below = ctx->level == 1 ? 0 :
-            ctx->level == 2 ? ENTROPY_BITS(4.75) : ZSTD_SHORT_MATCHES;
+        ctx->dfast_max = ctx->level == 1 ? 0 :
+            ctx->level == 2 ? ZSTD_DFAST_MAX_2 : ZSTD_DFAST_MAX_3;
         /* Level 1 brings the rest that belongs to this strategy. */
         ZSTD_CCtx_setParameter(ctx->zstd, ZSTD_c_compressionLevel, 1);
         ZSTD_CCtx_setParameter(ctx->zstd, ZSTD_c_strategy, ZSTD_fast);
         ZSTD_CCtx_setParameter(ctx->zstd, ZSTD_c_hashLog, ZSTD_HASH_LOG);
         ZSTD_CCtx_setParameter(ctx->zstd, ZSTD_c_minMatch, 4);
     }
-    if (ctx->dfast_below > 0) {
+    if (ctx->dfast_max > 0) {
         ctx->zstd_dfast = zstd_new(ctx->level, ctx->max_len);
         if (ctx->zstd_dfast == NULL) {
             return false;

@@ -37,6 +37,7 @@ enum {
     SUPER_CHECKPOINT_ADDRESS = 96,
     SUPER_CHECKPOINT_VERSION = 104,
     SUPER_CHECKPOINT_LENGTH = 112,
+    SUPER_CHECKPOINT_END = 116,
     SUPER_NEXT_SEQ = 120,
     SUPER_DEVICE_END = 128,
     SUPER_CHECKSUM = 504,
@@ -148,6 +149,7 @@ void bale_super_encode(const BaleSuper *s, unsigned copy, uint8_t *buf)
     put64(buf + SUPER_CHECKPOINT_ADDRESS, s->checkpoint_address);
     put64(buf + SUPER_CHECKPOINT_VERSION, s->checkpoint_version);
     put32(buf + SUPER_CHECKPOINT_LENGTH, s->checkpoint_length);
+    put32(buf + SUPER_CHECKPOINT_END, s->checkpoint_end);
     put64(buf + SUPER_NEXT_SEQ, s->next_seq);
     put64(buf + SUPER_DEVICE_END, s->device_end);
     put64(buf + SUPER_CHECKSUM, bale_checksum(buf, SUPER_CHECKSUM,
@@ -187,6 +189,7 @@ int bale_super_decode(BaleSuper *s, unsigned copy, const uint8_t *buf,
     s->checkpoint_address = get64(buf + SUPER_CHECKPOINT_ADDRESS);
     s->checkpoint_version = get64(buf + SUPER_CHECKPOINT_VERSION);
     s->checkpoint_length = get32(buf + SUPER_CHECKPOINT_LENGTH);
+    s->checkpoint_end = get32(buf + SUPER_CHECKPOINT_END);
     s->next_seq = get64(buf + SUPER_NEXT_SEQ);
     s->device_end = get64(buf + SUPER_DEVICE_END);
 
@@ -202,6 +205,7 @@ int bale_super_decode(BaleSuper *s, unsigned copy, const uint8_t *buf,
         (s->state & ~(uint32_t)BALE_STATE_CLEAN) ||
         s->checkpoint_address >= BALE_DEVICE_SIZE_MAX ||
         s->device_end > BALE_DEVICE_SIZE_MAX ||
+        s->checkpoint_end > s->page_size / BALE_BLOCK_SIZE ||
         s->checkpoint_length >
             BALE_META_PAYLOAD_MAX + BALE_RECORD_HEADER_MAX) {
         *reason = "a field of the superblock is out of range";
@@ -637,7 +641,7 @@ void bale_page_entry_encode(const BalePageEntry *e, uint8_t *buf)
 {
     put64(buf, e->version);
     put32(buf + 8, e->bucket);
-    put32(buf + 12, 0);
+    put32(buf + 12, e->open);
     put64(buf + 16, e->end);
     put64(buf + 24, e->live_bytes);
     put64(buf + 32, e->first_seq);
@@ -649,6 +653,7 @@ int bale_page_entry_decode(BalePageEntry *e, uint64_t page_size,
 {
     e->version = get64(buf);
     e->bucket = get32(buf + 8);
+    e->open = get32(buf + 12) & 1;
     e->end = get64(buf + 16);
     e->live_bytes = get64(buf + 24);
     e->first_seq = get64(buf + 32);

@@ -52,6 +52,7 @@ typedef struct BaleSuper {
     uint64_t page_size;
     uint64_t checkpoint_address, checkpoint_version;
     uint32_t checkpoint_length;
+    uint32_t checkpoint_end; /* blocks */
     uint64_t next_seq;
     uint64_t device_end;
 } BaleSuper;
@@ -251,6 +252,7 @@ typedef struct BalePart {
 typedef struct BalePageEntry {
     uint64_t version;
     uint32_t bucket;
+    bool open;
     uint64_t end;
     uint64_t live_bytes;
     uint64_t first_seq;

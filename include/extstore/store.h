@@ -29,7 +29,8 @@
  *   that status may wait for a part of the index to be loaded once.
  *
  * Units: offsets and lengths are bytes.  Requests have any alignment and must
- * lie inside the image (-EINVAL else).
+ * lie inside the image, and reads and writes are at most BALE_REQUEST_MAX long
+ * (-EINVAL else).
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -60,10 +61,11 @@ typedef void BaleDone(void *opaque, int ret);
 #define BALE_PAGE_SIZE_MAX        (1ull << 30)
 #define BALE_PAGE_SIZE_DEFAULT    (64ull << 20)
 #define BALE_PAGE_CLUSTERS_MIN    4u    /* page_size >= 4 * cluster_size */
-#define BALE_IMAGE_CLUSTERS_MAX   (1ull << 40)
+#define BALE_IMAGE_CLUSTERS_MAX   (1ull << 36)
 #define BALE_IMAGE_SIZE_MAX       (1ull << 60)
 #define BALE_BACKING_NAME_MAX     4095u /* bytes without the final NUL */
 #define BALE_IMAGE_NAME_MAX       255u
+#define BALE_REQUEST_MAX          (64u << 20) /* bytes of one read or write */
 
 /* Error domain of open, create and check. */
 #define BALE_STORE_ERROR (bale_store_error_quark())

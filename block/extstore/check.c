@@ -1,0 +1,258 @@
+/*
+ * Check: does every record that the index names verify, and do the counters
+ * agree?  Repair of what can be repaired.
+ *
+ * A check reads like any reader and can run on a store that is in use; what a
+ * concurrent write changes under it is looked at again, not reported.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "store-internal.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <string.h>
+
+#include "util/memory.h"
+
+/* Bytes of image that are read and verified at once. */
+#define CHECK_WINDOW (4u << 20)
+
+typedef struct Check {
+    BaleStore *s;
+    unsigned flags;
+    BaleCheckReport *report;
+    void *opaque;
+    BaleCheckResult *result;
+    bool stopped;
+} Check;
+
+static void check_finding(Check *c, const char *fmt, ...)
+    G_GNUC_PRINTF(2, 3);
+
+static void check_finding(Check *c, const char *fmt, ...)
+{
+    g_autofree char *what = NULL;
+    va_list ap;
+
+    va_start(ap, fmt);
+    what = g_strdup_vprintf(fmt, ap);
+    va_end(ap);
+    if (c->report && !c->report(c->opaque, what, 0, 0)) {
+        c->stopped = true;
+    }
+}
+
+static void check_progress(Check *c, uint64_t done, uint64_t total)
+{
+    if (c->report && !c->report(c->opaque, NULL, done, total)) {
+        c->stopped = true;
+    }
+}
+
+/* --- superblocks --- */
+
+static void check_supers(Check *c)
+{
+    BALE_AUTO_MEMORY uint8_t *block =
+        bale_memory_try_alloc(BALE_BLOCK_SIZE, BALE_BLOCK_SIZE);
+
+    for (unsigned copy = 0; block && copy < BALE_SUPER_COPIES; copy++) {
+        BaleSuper super;
+        const char *reason = NULL;
+        int ret = bale_device_get_sync(c->s->dev, bale_super_address(copy),
+                                       block, BALE_BLOCK_SIZE);
+
+        if (ret == 0) {
+            ret = bale_super_decode(&super, copy, block, &reason);
+        }
+        if (ret == 0 &&
+            memcmp(super.uuid, c->s->super.uuid, sizeof(super.uuid))) {
+            ret = -EIO;
+            reason = "it belongs to another store";
+        }
+        if (ret < 0) {
+            c->result->bad_superblocks++;
+            check_finding(c, "superblock copy %u at offset %" PRIu64 ": %s",
+                          copy, bale_super_address(copy),
+                          reason ? reason : g_strerror(-ret));
+        }
+    }
+}
+
+/* --- clusters --- */
+
+/* One window at a time; where it fails, cluster by cluster. */
+static void check_window(Check *c, BaleImage *image, uint64_t begin,
+                         uint64_t end, uint8_t *buf)
+{
+    BaleStore *s = c->s;
+    uint64_t pos = begin;
+
+    if (bale_image_read_sync(image, begin, buf, end - begin) == 0) {
+        return;
+    }
+    while (pos < end) {
+        uint64_t len = MIN(s->cluster_size, end - pos);
+        int ret = bale_image_read_sync(image, pos, buf, len);
+
+        if (ret < 0) {
+            uint64_t cluster = pos >> s->cluster_bits;
+            uint64_t value = bale_index_find(image->index, cluster);
+            uint64_t address = bale_value_address(value) - BALE_SUPER_SIZE;
+
+            c->result->damaged++;
+            check_finding(c, "image '%s', cluster %" PRIu64 ": the record in "
+                          "page %" PRIu64 " at offset %" PRIu64 ": %s",
+                          image->record.name, cluster,
+                          address / s->page_size, address % s->page_size,
+                          ret == -EIO ? "damaged" : g_strerror(-ret));
+        }
+        pos += len;
+    }
+}
+
+static bool check_clusters(Check *c, BaleImage *image, GError **errp)
+{
+    BaleStore *s = c->s;
+    uint64_t size = bale_image_size(image);
+    BALE_AUTO_MEMORY uint8_t *buf =
+        bale_memory_try_alloc(BALE_BLOCK_SIZE, CHECK_WINDOW);
+    uint64_t pos = 0;
+
+    if (!buf) {
+        g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_NO_MEMORY,
+                    "no memory for a check");
+        return false;
+    }
+    c->result->clusters_total =
+        bale_image_clusters(&image->record, s->cluster_size);
+    while (pos < size && !c->stopped) {
+        BaleClusterStatus status;
+        uint64_t run, end;
+
+        if (bale_image_status(image, pos, size - pos, &status, &run) < 0) {
+            break;
+        }
+        end = pos + run;
+        if (status != BALE_CLUSTER_UNALLOCATED) {
+            c->result->clusters_allocated +=
+                (run + s->cluster_size - 1) >> s->cluster_bits;
+        }
+        if (status == BALE_CLUSTER_DATA) {
+            c->result->clusters_compressed +=
+                (run + s->cluster_size - 1) >> s->cluster_bits;
+        }
+        while (pos < end && !c->stopped) {
+            uint64_t len = MIN(end - pos, CHECK_WINDOW);
+
+            if (status != BALE_CLUSTER_DATA || !(c->flags &
+                                                 BALE_CHECK_DATA)) {
+                len = end - pos;
+            } else {
+                check_window(c, image, pos, pos + len, buf);
+                c->result->checked_records +=
+                    (len + s->cluster_size - 1) >> s->cluster_bits;
+                c->result->checked_bytes += len;
+            }
+            pos += len;
+            check_progress(c, pos, size);
+        }
+    }
+    return true;
+}
+
+/* --- counters --- */
+
+typedef struct CheckCount {
+    BaleStore *s;
+    uint64_t *live;
+} CheckCount;
+
+static bool check_count(uint64_t cluster, uint64_t value, void *opaque)
+{
+    CheckCount *count = opaque;
+    uint64_t page, offset;
+
+    if (bale_value_class(value) &&
+        bale_address_split(count->s, bale_value_address(value), &page,
+                           &offset)) {
+        count->live[page] += bale_value_live(value, count->s->cluster_size);
+    }
+    return true;
+}
+
+/* Compare the pages' live bytes with the index.  No write can come between. */
+static bool check_counters(Check *c, BaleImage *image, GError **errp)
+{
+    BaleStore *s = c->s;
+    CheckCount count = { .s = s };
+    uint64_t n;
+
+    g_rw_lock_writer_lock(&s->session_lock);
+    n = s->pages->len;
+    count.live = g_try_new0(uint64_t, n + 1);
+    if (!count.live) {
+        g_rw_lock_writer_unlock(&s->session_lock);
+        g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_NO_MEMORY,
+                    "no memory for a check");
+        return false;
+    }
+    bale_index_foreach(image->index, check_count, &count);
+    g_mutex_lock(&s->log_lock);
+    c->result->end_offset = BALE_SUPER_SIZE;
+    for (uint64_t i = 0; i < n; i++) {
+        BalePage *p = bale_page(s, i);
+
+        if (p->state == BALE_PAGE_FREE) {
+            continue;
+        }
+        c->result->end_offset =
+            MAX(c->result->end_offset, page_address(s, i) + p->end);
+        if (p->bucket == BALE_BUCKET_META) {
+            continue;
+        }
+        if (p->live_bytes != count.live[i]) {
+            c->result->wrong_counters++;
+            if (c->flags & (BALE_CHECK_FIX_LEAKS | BALE_CHECK_FIX_ALL)) {
+                p->live_bytes = count.live[i];
+                c->result->fixed++;
+            }
+        }
+        if (p->state == BALE_PAGE_SEALED && !count.live[i] &&
+            !p->tombstone_seq) {
+            c->result->leaked_pages++;
+            if (s->session) {
+                bale_page_consider(s, i);
+            }
+        }
+    }
+    g_mutex_unlock(&s->log_lock);
+    g_rw_lock_writer_unlock(&s->session_lock);
+    g_free(count.live);
+    if (c->result->wrong_counters) {
+        check_finding(c, "%" PRIu64 " pages with a wrong count of live bytes",
+                      c->result->wrong_counters);
+    }
+    return true;
+}
+
+bool bale_store_check(BaleStore *s, unsigned flags, BaleCheckReport *report,
+                      void *opaque, BaleCheckResult *result, GError **errp)
+{
+    Check c = { s, flags, report, opaque, result, false };
+
+    memset(result, 0, sizeof(*result));
+    check_supers(&c);
+    if (result->bad_superblocks && (flags & BALE_CHECK_FIX_ALL) &&
+        !s->read_only) {
+        bool ok;
+
+        g_rw_lock_writer_lock(&s->session_lock);
+        ok = !store_failed(s) && bale_supers_write(s, NULL);
+        g_rw_lock_writer_unlock(&s->session_lock);
+        result->fixed += ok ? result->bad_superblocks : 0;
+    }
+    return check_counters(&c, s->image, errp) &&
+           check_clusters(&c, s->image, errp);
+}

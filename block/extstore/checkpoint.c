@@ -1,0 +1,434 @@
+/*
+ * Sessions, checkpoints and superblocks.
+ *
+ * A session begins with the first write after an open and ends with a
+ * checkpoint.  While it lasts the superblocks say "not clean", and whoever
+ * opens the store scans it.  A checkpoint writes what a scan would find, so
+ * that the next open reads only that.
+ *
+ * Order (durability.md, rule 1):
+ *   begin:       flush -> superblocks "not clean" (each round flushed) -> pages
+ *   checkpoint:  data -> flush -> index, page table, root -> flush ->
+ *                superblocks "clean" (each round flushed)
+ *
+ * Invariants:
+ *  1. No record is appended while the superblocks say "clean".
+ *  2. The superblocks never point at a checkpoint that was not flushed.
+ *  3. The records of a checkpoint stay live until the superblocks point at the
+ *     next one.
+ *
+ * Threads: everything here runs with session_lock held for writing.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "store-internal.h"
+
+#include <errno.h>
+#include <string.h>
+
+#include "util/memory.h"
+
+/* Dying pages are given so many flushes to become free before a checkpoint. */
+#define DYING_FLUSHES_MAX 4
+
+static bool super_error(GError **errp, int ret, const char *what)
+{
+    g_set_error(errp, BALE_STORE_ERROR,
+                ret == -ENOSPC   ? BALE_STORE_ERROR_NO_SPACE
+                : ret == -ENOMEM ? BALE_STORE_ERROR_NO_MEMORY
+                                 : BALE_STORE_ERROR_IO,
+                "%s: %s", what, g_strerror(-ret));
+    return false;
+}
+
+/* One round: the new generation to copies @first and @first + 2, flushed. */
+static int super_write_round(BaleStore *s, unsigned first, uint8_t *block)
+{
+    int ret;
+
+    if (s->super.generation == UINT32_MAX) {
+        return -EOVERFLOW;
+    }
+    s->super.generation++;
+    for (unsigned copy = first; copy < BALE_SUPER_COPIES; copy += 2) {
+        bale_super_encode(&s->super, copy, block);
+        ret = bale_device_store_sync(s->dev, bale_super_address(copy), block,
+                                     BALE_BLOCK_SIZE);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    return bale_device_flush_sync(s->dev);
+}
+
+/* Write all superblocks, in two rounds; a failure poisons the store. */
+bool bale_supers_write(BaleStore *s, GError **errp)
+{
+    BALE_AUTO_MEMORY uint8_t *block =
+        bale_memory_try_alloc(BALE_BLOCK_SIZE, BALE_BLOCK_SIZE);
+    int ret = block ? 0 : -ENOMEM;
+
+    for (unsigned first = 0; ret == 0 && first < 2; first++) {
+        ret = super_write_round(s, first, block);
+    }
+    if (ret < 0) {
+        bale_store_poison(s, ret, "writing the superblocks");
+        return super_error(errp, ret, "writing the superblocks");
+    }
+    return true;
+}
+
+int bale_session_begin(BaleStore *s)
+{
+    int ret;
+
+    if (s->read_only) {
+        return -EROFS;
+    }
+    if (store_failed(s) || s->corrupt) {
+        return -EIO;
+    }
+    if (s->session) {
+        return 0;
+    }
+    /* What recovery found must not be lost behind what we write now. */
+    ret = bale_device_flush_sync(s->dev);
+    if (ret < 0) {
+        bale_store_poison(s, ret, "flushing the device");
+        return -EIO;
+    }
+    s->super.state &= ~(uint32_t)BALE_STATE_CLEAN;
+    if (!bale_supers_write(s, NULL)) {
+        return -EIO;
+    }
+
+    g_mutex_lock(&s->log_lock);
+    s->page_count = 0;
+    for (uint64_t i = 0; i < s->pages->len; i++) {
+        BalePage *p = bale_page(s, i);
+
+        if (p->version && p->proven < p->end) {
+            p->proven = p->end;
+            if (!p->barrier_pending) {
+                p->barrier_pending = true;
+                g_array_append_val(s->barrier_pages, i);
+            }
+        }
+    }
+    s->session = true;
+    bale_page_consider_all(s);
+    g_mutex_unlock(&s->log_lock);
+
+    /* Room for metadata first: a full store must still close cleanly. */
+    return bale_page_prepare(s, BALE_BUCKET_META, s->buffer_size / 2);
+}
+
+/* --- checkpoint --- */
+
+typedef struct CheckpointWriter {
+    BaleStore *s;
+    GArray *parts;   /* BalePart */
+    GArray *records; /* BaleCheckpointRecord */
+    uint64_t bytes;
+} CheckpointWriter;
+
+/* Append one record of the checkpoint and remember it. */
+static int writer_append(CheckpointWriter *w, BaleRecordType type,
+                         const void *payload, uint32_t len, BalePart *part)
+{
+    BaleRecord r = { .type = type, .payload_len = len };
+    BaleCheckpointRecord c;
+    uint64_t page, offset;
+    int ret;
+
+    ret = bale_log_append(w->s, BALE_BUCKET_META, &r, payload,
+                          BALE_RECORD_HEADER_LEN + len, &c.address);
+    if (ret < 0) {
+        return ret;
+    }
+    c.len = BALE_RECORD_HEADER_LEN + len;
+    w->bytes += c.len;
+    g_array_append_val(w->records, c);
+    part->address = c.address;
+    part->version = r.version;
+    part->payload_len = len;
+    bale_address_split(w->s, c.address, &page, &offset);
+    return 0;
+}
+
+/* The index of @image, chunk by chunk; chunks without entries are left out. */
+static int writer_index(CheckpointWriter *w, BaleImage *image)
+{
+    g_autofree uint8_t *chunk = g_try_malloc(BALE_CHUNK_CLUSTERS * 8);
+    uint64_t clusters =
+        bale_image_clusters(&image->record, w->s->cluster_size);
+
+    if (!chunk) {
+        return -ENOMEM;
+    }
+    for (uint64_t c = 0; c < image->chunks; c++) {
+        uint64_t first = c * BALE_CHUNK_CLUSTERS;
+        uint32_t n = MIN(clusters - first, BALE_CHUNK_CLUSTERS);
+        BalePart part = { .kind = BALE_PART_INDEX,
+                          .a = image->record.layer, .b = first };
+        int ret;
+
+        if (!__atomic_load_n(&image->chunk_entries[c], __ATOMIC_RELAXED)) {
+            continue;
+        }
+        for (uint32_t i = 0; i < n; i++) {
+            bale_put_le64(chunk + i * 8,
+                          bale_index_find(image->index, first + i));
+        }
+        while (n > 0 && bale_get_le64(chunk + (n - 1) * 8) == 0) {
+            n--;
+        }
+        ret = writer_append(w, BALE_RECORD_CHECKPOINT_PART, chunk, n * 8,
+                            &part);
+        if (ret < 0) {
+            return ret;
+        }
+        g_array_append_val(w->parts, part);
+        if (w->parts->len >= BALE_ROOT_PARTS_MAX) {
+            return -EFBIG;
+        }
+    }
+    return 0;
+}
+
+/*
+ * Page table and root, into one page, whose end the superblock tells: it is
+ * not known yet when the table is written.
+ */
+static int writer_pages_and_root(CheckpointWriter *w, BalePart *root_part)
+{
+    BaleStore *s = w->s;
+    uint64_t pages = s->pages->len;
+    uint64_t tables = pages / BALE_PAGE_ENTRIES_PER_PART + 1;
+    uint64_t root_len = BALE_ROOT_FIXED_LEN +
+                        (w->parts->len + tables) * BALE_PART_LEN;
+    uint64_t room = root_len + pages * BALE_PAGE_ENTRY_LEN +
+                    (tables + 1) * (BALE_RECORD_HEADER_LEN +
+                                    2 * BALE_BLOCK_SIZE);
+    g_autofree uint8_t *buf = NULL;
+    uint64_t page;
+    BaleRoot root;
+    int ret;
+
+    if (w->parts->len + tables > BALE_ROOT_PARTS_MAX) {
+        return -EFBIG;
+    }
+    bale_log_seal(s, BALE_BUCKET_META);
+    g_mutex_lock(&s->log_lock);
+    page = s->active[BALE_BUCKET_META];
+    if (page != PAGE_NONE && s->page_size - bale_page(s, page)->end < room) {
+        g_mutex_unlock(&s->log_lock);
+        bale_log_seal_page(s, BALE_BUCKET_META);
+        g_mutex_lock(&s->log_lock);
+        page = PAGE_NONE;
+    }
+    g_mutex_unlock(&s->log_lock);
+    if (room > s->page_size - BALE_BLOCK_SIZE) {
+        return -EFBIG;
+    }
+    if (page == PAGE_NONE) {
+        ret = bale_page_prepare(s, BALE_BUCKET_META, BALE_BLOCK_SIZE);
+        if (ret < 0) {
+            return ret;
+        }
+        pages = s->pages->len; /* that page may be a new one */
+    }
+
+    buf = g_try_malloc(MAX(root_len + BALE_PART_LEN,
+                           BALE_PAGE_ENTRIES_PER_PART * BALE_PAGE_ENTRY_LEN));
+    if (!buf) {
+        return -ENOMEM;
+    }
+    for (uint64_t first = 0; first < pages;
+         first += BALE_PAGE_ENTRIES_PER_PART) {
+        uint32_t n = MIN(pages - first, BALE_PAGE_ENTRIES_PER_PART);
+        BalePart part = { .kind = BALE_PART_PAGES, .a = first, .b = n };
+
+        g_mutex_lock(&s->log_lock);
+        for (uint32_t i = 0; i < n; i++) {
+            BalePage *p = bale_page(s, first + i);
+            BalePageEntry e = { .bucket = p->bucket };
+
+            /* A page whose header is zero already is as good as free. */
+            if (p->state != BALE_PAGE_FREE && p->state != BALE_PAGE_ZEROED &&
+                p->state != BALE_PAGE_RELEASING) {
+                e.version = p->version;
+                e.open = p->state == BALE_PAGE_ACTIVE;
+                e.end = p->end;
+                e.live_bytes =
+                    p->bucket == BALE_BUCKET_META ? 0 : p->live_bytes;
+                e.first_seq = p->first_seq;
+                e.tombstone_seq = p->tombstone_seq;
+            }
+            bale_page_entry_encode(&e, buf + i * BALE_PAGE_ENTRY_LEN);
+        }
+        g_mutex_unlock(&s->log_lock);
+        ret = writer_append(w, BALE_RECORD_CHECKPOINT_PART, buf,
+                            n * BALE_PAGE_ENTRY_LEN, &part);
+        if (ret < 0) {
+            return ret;
+        }
+        g_array_append_val(w->parts, part);
+    }
+
+    root.next_seq = s->next_seq;
+    root.pages = pages;
+    root.parts = w->parts->len;
+    bale_root_encode(&root, buf);
+    for (uint32_t i = 0; i < root.parts; i++) {
+        bale_part_encode(&g_array_index(w->parts, BalePart, i),
+                         buf + BALE_ROOT_FIXED_LEN + i * BALE_PART_LEN);
+    }
+    return writer_append(w, BALE_RECORD_CHECKPOINT_ROOT, buf,
+                         BALE_ROOT_FIXED_LEN + root.parts * BALE_PART_LEN,
+                         root_part);
+}
+
+/* Let pages that died finish dying, as far as a few flushes do it. */
+static int checkpoint_settle(BaleStore *s)
+{
+    int ret = bale_log_flush_sync(s);
+
+    for (int i = 0; ret == 0 && i < DYING_FLUSHES_MAX; i++) {
+        bool dying;
+
+        g_mutex_lock(&s->log_lock);
+        while (s->release_queued) {
+            g_cond_wait(&s->log_cond, &s->log_lock);
+        }
+        dying = s->dying_pages->len > 0;
+        g_mutex_unlock(&s->log_lock);
+        if (!dying) {
+            break;
+        }
+        ret = bale_log_flush_sync(s);
+    }
+    g_mutex_lock(&s->log_lock);
+    while (s->release_queued) {
+        g_cond_wait(&s->log_cond, &s->log_lock);
+    }
+    g_mutex_unlock(&s->log_lock);
+    return ret;
+}
+
+/* Give back what pages have reserved and not used; returns the device's end. */
+static uint64_t checkpoint_trim(BaleStore *s)
+{
+    uint64_t end = BALE_SUPER_SIZE;
+
+    for (uint64_t i = 0; i < s->pages->len; i++) {
+        uint64_t from = 0, to = 0;
+        BalePage *p;
+
+        g_mutex_lock(&s->log_lock);
+        p = bale_page(s, i);
+        if (p->version) {
+            from = p->end;
+            to = p->allocated;
+            end = MAX(end, page_address(s, i) + p->end);
+            p->allocated = p->end;
+        }
+        g_mutex_unlock(&s->log_lock);
+        if (from < to) {
+            s->dev->ops->release(s->dev, page_address(s, i) + from,
+                                 to - from);
+        }
+    }
+    if (!s->dev_info.fixed_size && s->dev->ops->truncate) {
+        /* A device that stays longer is a pity, not an error. */
+        s->dev->ops->truncate(s->dev, end);
+    }
+    return end;
+}
+
+/* The old checkpoint is not needed any more. */
+static void checkpoint_forget(BaleStore *s, GArray *records)
+{
+    g_mutex_lock(&s->log_lock);
+    for (guint i = 0; i < records->len; i++) {
+        BaleCheckpointRecord *c =
+            &g_array_index(records, BaleCheckpointRecord, i);
+
+        bale_page_live_sub(s, c->address, c->len);
+    }
+    g_mutex_unlock(&s->log_lock);
+}
+
+bool bale_checkpoint_write(BaleStore *s, GError **errp)
+{
+    CheckpointWriter w = { .s = s };
+    BaleImageRecord record;
+    BalePart part = { .kind = BALE_PART_IMAGE }, root = { .kind = 0 };
+    uint64_t page, offset;
+    int ret;
+
+    g_assert(s->session);
+    w.parts = g_array_new(FALSE, FALSE, sizeof(BalePart));
+    w.records = g_array_new(FALSE, FALSE, sizeof(BaleCheckpointRecord));
+
+    ret = checkpoint_settle(s);
+    if (ret == 0) {
+        ret = writer_index(&w, s->image);
+    }
+    if (ret == 0) {
+        /* Written anew each time, so that it pins no page for ever. */
+        record = s->image->record;
+        ret = bale_image_record_append(s->image, &record, false);
+    }
+    if (ret == 0) {
+        bale_log_seal(s, BALE_BUCKET_META);
+        part.address = s->image->record_address;
+        part.a = record.id;
+        g_mutex_lock(&s->log_lock);
+        bale_address_split(s, part.address, &page, &offset);
+        part.version = bale_page(s, page)->version;
+        g_mutex_unlock(&s->log_lock);
+        part.payload_len = 0;
+        g_array_append_val(w.parts, part);
+        ret = writer_pages_and_root(&w, &root);
+    }
+    if (ret == 0) {
+        ret = bale_log_flush_sync(s);
+    }
+    if (ret < 0) {
+        /* Nothing points at what was written: it is garbage. */
+        checkpoint_forget(s, w.records);
+        g_array_free(w.records, TRUE);
+        g_array_free(w.parts, TRUE);
+        return super_error(errp, ret, "writing a checkpoint");
+    }
+
+    g_mutex_lock(&s->log_lock);
+    bale_address_split(s, root.address, &page, &offset);
+    s->super.checkpoint_end = bale_page(s, page)->end / BALE_BLOCK_SIZE;
+    s->super.next_seq = s->next_seq;
+    s->stats.checkpoints++;
+    s->stats.checkpoint_bytes += w.bytes;
+    g_mutex_unlock(&s->log_lock);
+    s->super.checkpoint_address = root.address;
+    s->super.checkpoint_version = root.version;
+    s->super.checkpoint_length = BALE_RECORD_HEADER_LEN + root.payload_len;
+    s->super.device_end = checkpoint_trim(s);
+    s->super.state |= BALE_STATE_CLEAN;
+
+    /* From here on no page may change: the checkpoint describes them. */
+    g_mutex_lock(&s->log_lock);
+    s->session = false;
+    g_mutex_unlock(&s->log_lock);
+    if (bale_supers_write(s, errp)) {
+        checkpoint_forget(s, s->checkpoint);
+        g_array_free(s->checkpoint, TRUE);
+        s->checkpoint = w.records;
+        w.records = NULL;
+    }
+    if (w.records) {
+        g_array_free(w.records, TRUE);
+    }
+    g_array_free(w.parts, TRUE);
+    return !store_failed(s);
+}

@@ -1,0 +1,729 @@
+/*
+ * The log: records are appended to pages through write buffers.
+ *
+ * Each bucket has an active page and at most one open write buffer, which
+ * becomes one segment: one device write that begins and ends on a block.  A
+ * buffer is sealed when the next record does not fit or a flush wants it on
+ * the device; the next one goes on in the block after it.
+ *
+ *     open --seal--> sealed --last writer leaves--> submitted --device--> stable
+ *                                                        --device flush--> durable
+ *
+ * Invariants:
+ *
+ *  1. durable_id <= stable id <= sealed_id, and none of them ever shrinks.
+ *  2. A buffer is written to the device exactly once, after it was sealed and
+ *     when nobody copies into it any more; a block that was submitted is never
+ *     written again.
+ *  3. A flush request completes after every buffer that was sealed when it was
+ *     submitted is stable and a device flush, issued after that, succeeded.
+ *  4. A barrier is only written for what a completed device flush covers.
+ *  5. Sequence numbers grow in the order of the records in a page, but for
+ *     copies.
+ *
+ * A failed device write or flush poisons the store.  Its buffer is kept, so
+ * that reads still find what was acknowledged.
+ *
+ * Threads: any.  log_lock guards everything but the bytes that an append has
+ * reserved for itself; appends copy and checksum in parallel.
+ *
+ * The names and the shape of pages and write buffers follow memcached's
+ * extstore, regions and their boundaries follow FASTER's hybrid log.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "store-internal.h"
+
+#include <errno.h>
+#include <string.h>
+
+#include "util/checksum.h"
+#include "util/memory.h"
+
+/* Everything in a segment but its records and their directory entries. */
+#define SEGMENT_OVERHEAD                                                     \
+    (2 * BALE_RECORD_HEADER_LEN + BALE_SEGMENT_PAYLOAD_LEN +                 \
+     BALE_BARRIERS_MAX * BALE_BARRIER_LEN)
+
+/* A segment that is on the device but not yet proven by a flush. */
+typedef struct UnprovenEnd {
+    uint64_t id;
+    uint64_t page;
+    uint64_t version;
+    uint64_t end;
+} UnprovenEnd;
+
+struct BaleFlushWaiter {
+    BaleFlushWaiter *next;
+    uint64_t request;
+    uint64_t target; /* id that must be stable before the device flush */
+    BaleDone *done;
+    void *opaque;
+};
+
+static void log_stored(BaleDeviceIo *io, int ret);
+static void log_flushed(BaleDeviceIo *io, int ret);
+
+/* --- segments in memory --- */
+
+/* Bytes of a segment with @used bytes of records and @records of them. */
+static uint64_t segment_len(uint64_t used, uint64_t records)
+{
+    return bale_align_up(used + BALE_RECORD_HEADER_LEN +
+                             records * BALE_DIRECTORY_ENTRY_LEN,
+                         BALE_BLOCK_SIZE);
+}
+
+static bool buffer_fits(BaleWriteBuffer *wb, uint32_t size)
+{
+    return segment_len((uint64_t)wb->used + size, wb->directory->len + 1) <=
+           wb->limit;
+}
+
+static uint64_t log_seed(BaleStore *s, BaleWriteBuffer *wb, uint32_t at)
+{
+    return bale_place(s->identity, wb->page, wb->version, wb->offset + at);
+}
+
+/* Write @r and its payload, which is in place already, at @at. */
+static void buffer_put_record(BaleWriteBuffer *wb, BaleRecord *r, uint32_t at)
+{
+    BaleStore *s = wb->store;
+    uint64_t seed = log_seed(s, wb, at);
+    uint8_t *payload = wb->buf + at + BALE_RECORD_HEADER_LEN;
+    uint32_t end = BALE_RECORD_HEADER_LEN + r->payload_len;
+
+    r->header_len = BALE_RECORD_HEADER_LEN;
+    r->version = wb->version;
+    /*
+     * The sum is taken of our copy: the caller's memory may be a guest's,
+     * which can change while we look.
+     */
+    r->payload_sum = bale_checksum(payload, r->payload_len, seed);
+    bale_record_encode(r, seed, wb->buf + at);
+    memset(wb->buf + at + end, 0, bale_record_size(r) - end);
+}
+
+/* Close the segment in @wb; nobody else uses the buffer's bytes now. */
+static void buffer_finish(BaleWriteBuffer *wb)
+{
+    uint32_t n = wb->directory->len;
+    uint32_t at = wb->used;
+    uint8_t *p = wb->buf + at + BALE_RECORD_HEADER_LEN;
+    BaleRecord r = { .type = BALE_RECORD_DIRECTORY };
+    BaleSegment segment;
+    uint32_t end;
+
+    g_assert(wb->writers == 0 && n > 0);
+    r.seq = g_array_index(wb->directory, BaleDirectoryEntry, n - 1).record.seq;
+    for (uint32_t i = 0; i < n; i++) {
+        bale_directory_entry_encode(
+            &g_array_index(wb->directory, BaleDirectoryEntry, i), p);
+        p += BALE_DIRECTORY_ENTRY_LEN;
+    }
+    r.payload_len = n * BALE_DIRECTORY_ENTRY_LEN;
+    buffer_put_record(wb, &r, at);
+    end = at + bale_record_size(&r);
+    g_assert(end <= wb->len);
+    memset(wb->buf + end, 0, wb->len - end);
+
+    segment.segment_len = wb->len - wb->segment;
+    segment.directory_offset = wb->offset + at;
+    segment.records = n;
+    segment.barriers = wb->barriers;
+    memcpy(segment.barrier, wb->barrier,
+           wb->barriers * sizeof(wb->barrier[0]));
+    r.type = BALE_RECORD_SEGMENT;
+    r.payload_len = bale_segment_payload_len(wb->barriers);
+    bale_segment_encode(&segment,
+                        wb->buf + wb->segment + BALE_RECORD_HEADER_LEN);
+    buffer_put_record(wb, &r, wb->segment);
+}
+
+/* --- under log_lock: opening, sealing, recycling --- */
+
+static BaleWriteBuffer *buffer_get(BaleStore *s)
+{
+    BaleWriteBuffer *wb = s->free_buffers;
+
+    if (wb) {
+        s->free_buffers = wb->next;
+        return wb;
+    }
+    if (s->buffers->len == WRITE_BUFFERS_MAX) {
+        return NULL;
+    }
+    wb = g_new0(BaleWriteBuffer, 1);
+    wb->buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, s->buffer_size);
+    if (!wb->buf) {
+        g_free(wb);
+        return NULL;
+    }
+    wb->store = s;
+    wb->page = PAGE_NONE;
+    wb->directory = g_array_new(FALSE, FALSE, sizeof(BaleDirectoryEntry));
+    g_ptr_array_add(s->buffers, wb);
+    return wb;
+}
+
+/* Back to the free list, if nobody needs the bytes any more. */
+static void buffer_recycle(BaleWriteBuffer *wb)
+{
+    BaleStore *s = wb->store;
+
+    if (wb->pins || wb->id > 0 || wb->failed || wb->len == 0) {
+        return;
+    }
+    wb->page = PAGE_NONE;
+    wb->len = 0;
+    wb->next = s->free_buffers;
+    s->free_buffers = wb;
+    g_cond_broadcast(&s->log_cond);
+}
+
+/* Begin a segment in @wb at the end of @bucket's active page. */
+static void buffer_open(BaleStore *s, BaleWriteBuffer *wb, BaleBucket bucket)
+{
+    uint64_t page = s->active[bucket];
+    BalePage *p = bale_page(s, page);
+
+    wb->page = page;
+    wb->version = p->version;
+    wb->bucket = bucket;
+    wb->offset = p->end;
+    wb->segment = p->end == 0 ? BALE_BLOCK_SIZE : 0;
+    wb->limit = MIN(s->buffer_size,
+                    bale_align_down(p->allocated, BALE_BLOCK_SIZE) - p->end);
+    wb->len = 0;
+    wb->id = 0;
+    wb->writers = 0;
+    wb->pins = 0;
+    wb->stable = false;
+    g_array_set_size(wb->directory, 0);
+
+    wb->barriers = 0;
+    while (s->barrier_pages->len && wb->barriers < BALE_BARRIERS_MAX) {
+        uint64_t n = g_array_index(s->barrier_pages, uint64_t,
+                                   s->barrier_pages->len - 1);
+        BalePage *q = bale_page(s, n);
+
+        g_array_set_size(s->barrier_pages, s->barrier_pages->len - 1);
+        /* The page may have been freed, even used anew, since. */
+        if (q->barrier_pending) {
+            q->barrier_pending = false;
+            wb->barrier[wb->barriers++] =
+                (BaleBarrier){ n, q->version, q->proven };
+        }
+    }
+    wb->used = wb->segment + bale_align_up(
+        BALE_RECORD_HEADER_LEN + bale_segment_payload_len(wb->barriers),
+        BALE_RECORD_ALIGN);
+    p->in_flight++;
+    s->open[bucket] = wb;
+
+    if (p->end == 0) {
+        BalePageHeader h = { bucket, page, p->version, p->first_seq };
+
+        bale_page_header_encode(&h, s->identity, wb->buf);
+    }
+}
+
+static void submit_push(BaleWriteBuffer **list, BaleWriteBuffer *wb)
+{
+    wb->next = *list;
+    *list = wb;
+}
+
+/* Seal @bucket's open buffer; onto *@submit if it can go to the device. */
+static void buffer_seal(BaleStore *s, BaleBucket bucket,
+                        BaleWriteBuffer **submit)
+{
+    BaleWriteBuffer *wb = s->open[bucket];
+    BalePage *p;
+
+    if (!wb) {
+        return;
+    }
+    wb->len = segment_len(wb->used, wb->directory->len);
+    g_assert(wb->len <= wb->limit);
+    wb->id = ++s->sealed_id;
+    g_queue_push_tail(&s->in_flight, wb);
+    s->open[bucket] = NULL;
+
+    p = bale_page(s, wb->page);
+    p->end = wb->offset + wb->len;
+    g_assert(p->end <= s->page_size);
+    s->stats.segments++;
+    s->stats.sealed_bytes += wb->len;
+    if (wb->writers == 0) {
+        submit_push(submit, wb);
+    }
+}
+
+static void page_seal(BaleStore *s, BaleBucket bucket)
+{
+    uint64_t page = s->active[bucket];
+
+    g_assert(!s->open[bucket]);
+    if (page != PAGE_NONE) {
+        bale_page(s, page)->state = BALE_PAGE_SEALED;
+        s->active[bucket] = PAGE_NONE;
+        bale_page_consider(s, page);
+    }
+}
+
+static uint64_t log_stable_id(BaleStore *s)
+{
+    BaleWriteBuffer *oldest = g_queue_peek_head(&s->in_flight);
+
+    return oldest ? oldest->id - 1 : s->sealed_id;
+}
+
+/* Is it time for a device flush?  Then the caller must issue it. */
+static bool flush_due(BaleStore *s)
+{
+    uint64_t stable = log_stable_id(s);
+
+    if (s->flushing || store_failed(s)) {
+        return false;
+    }
+    for (BaleFlushWaiter *w = s->flush_waiters; w; w = w->next) {
+        if (w->target > stable) {
+            break;
+        }
+        s->flushing = true;
+        s->flushing_id = stable;
+        s->flushing_request = w->request;
+    }
+    return s->flushing;
+}
+
+/* --- not under log_lock: device calls --- */
+
+static void log_submit(BaleStore *s, BaleWriteBuffer *list)
+{
+    while (list) {
+        BaleWriteBuffer *wb = list;
+
+        list = wb->next;
+        buffer_finish(wb);
+        wb->io.offset = page_address(s, wb->page) + wb->offset;
+        wb->io.buf = wb->buf;
+        wb->io.len = wb->len;
+        wb->io.done = log_stored;
+        s->dev->ops->store(s->dev, &wb->io);
+    }
+}
+
+static void log_flush_device(BaleStore *s)
+{
+    stat_add(&s->stats.device_flushes, 1);
+    s->flush_io.done = log_flushed;
+    s->dev->ops->flush(s->dev, &s->flush_io);
+}
+
+void bale_store_poison(BaleStore *s, int err, const char *what)
+{
+    BaleFlushWaiter *waiters;
+    int zero = 0;
+    bool first;
+
+    first = __atomic_compare_exchange_n(&s->failed, &zero, err, false,
+                                        __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    g_mutex_lock(&s->log_lock);
+    waiters = s->flush_waiters;
+    s->flush_waiters = NULL;
+    s->flush_waiters_tail = &s->flush_waiters;
+    g_cond_broadcast(&s->log_cond);
+    g_mutex_unlock(&s->log_lock);
+
+    if (first && s->options.failed) {
+        g_autofree char *reason = g_strdup_printf("%s failed: %s", what,
+                                                  g_strerror(-err));
+
+        s->options.failed(s->options.notify_opaque, reason);
+    }
+    while (waiters) {
+        BaleFlushWaiter *w = waiters;
+
+        waiters = w->next;
+        w->done(w->opaque, -EIO);
+        g_free(w);
+    }
+}
+
+static void log_stored(BaleDeviceIo *io, int ret)
+{
+    BaleWriteBuffer *wb = (BaleWriteBuffer *)((char *)io -
+                                              offsetof(BaleWriteBuffer, io));
+    BaleStore *s = wb->store;
+    BalePage *p;
+    bool flush;
+
+    g_mutex_lock(&s->log_lock);
+    if (ret < 0) {
+        wb->failed = true;
+        g_mutex_unlock(&s->log_lock);
+        bale_store_poison(s, ret, "writing a segment");
+        return;
+    }
+    s->stats.stable_bytes += wb->len;
+    p = bale_page(s, wb->page);
+    p->in_flight--;
+    bale_page_consider(s, wb->page);
+
+    /* Retire in order of sealing: stable means everything before, too. */
+    wb->stable = true;
+    while ((wb = g_queue_peek_head(&s->in_flight)) && wb->stable) {
+        UnprovenEnd *u = g_new(UnprovenEnd, 1);
+
+        *u = (UnprovenEnd){ wb->id, wb->page, wb->version,
+                            wb->offset + wb->len };
+        g_queue_push_tail(&s->unproven, u);
+        g_queue_pop_head(&s->in_flight);
+        wb->id = 0;
+        buffer_recycle(wb);
+    }
+    flush = flush_due(s);
+    g_cond_broadcast(&s->log_cond);
+    g_mutex_unlock(&s->log_lock);
+    if (flush) {
+        log_flush_device(s);
+    }
+}
+
+/* Everything up to durable_id is proven: note it for the next segments. */
+static void log_prove(BaleStore *s)
+{
+    UnprovenEnd *u;
+
+    while ((u = g_queue_peek_head(&s->unproven)) && u->id <= s->durable_id) {
+        BalePage *p = bale_page(s, u->page);
+
+        if (p->version == u->version && u->end > p->proven) {
+            p->proven = u->end;
+            if (!p->barrier_pending) {
+                p->barrier_pending = true;
+                g_array_append_val(s->barrier_pages, u->page);
+            }
+        }
+        g_free(g_queue_pop_head(&s->unproven));
+    }
+}
+
+static void log_flushed(BaleDeviceIo *io, int ret)
+{
+    BaleStore *s = (BaleStore *)((char *)io - offsetof(BaleStore, flush_io));
+    BaleFlushWaiter *waiters = NULL, **tail = &waiters;
+    bool again;
+
+    if (ret < 0) {
+        bale_store_poison(s, ret, "flushing the device");
+        return;
+    }
+    g_mutex_lock(&s->log_lock);
+    g_assert(s->flushing && s->flushing_id >= s->durable_id);
+    s->flushing = false;
+    s->durable_id = s->flushing_id;
+    s->flushed_request = s->flushing_request;
+    s->stats.durable_bytes = s->stats.stable_bytes;
+    log_prove(s);
+    bale_page_flushed(s);
+    while (s->flush_waiters && s->flush_waiters->request <=
+                                   s->flushed_request) {
+        *tail = s->flush_waiters;
+        tail = &(*tail)->next;
+        s->flush_waiters = s->flush_waiters->next;
+    }
+    *tail = NULL;
+    if (!s->flush_waiters) {
+        s->flush_waiters_tail = &s->flush_waiters;
+    }
+    again = flush_due(s);
+    g_mutex_unlock(&s->log_lock);
+
+    if (again) {
+        log_flush_device(s);
+    }
+    while (waiters) {
+        BaleFlushWaiter *w = waiters;
+
+        waiters = w->next;
+        w->done(w->opaque, 0);
+        g_free(w);
+    }
+}
+
+/* --- the interface --- */
+
+/*
+ * Find or make an open buffer of @bucket with room for @size bytes.  Called
+ * and returns with log_lock, which is dropped on the way.
+ */
+static int log_open_buffer(BaleStore *s, BaleBucket bucket, uint32_t size,
+                           BaleWriteBuffer **submit)
+{
+    uint32_t need = segment_len(SEGMENT_OVERHEAD + size, 1);
+
+    for (;;) {
+        uint64_t page = s->active[bucket];
+        BaleWriteBuffer *wb = s->open[bucket];
+        BalePage *p = page == PAGE_NONE ? NULL : bale_page(s, page);
+        uint64_t begin = p ? MAX(p->end, BALE_BLOCK_SIZE) : 0;
+        int ret;
+
+        if (store_failed(s)) {
+            return -EIO;
+        }
+        if (wb && buffer_fits(wb, size)) {
+            return 0;
+        }
+        if (wb) {
+            buffer_seal(s, bucket, submit);
+            continue;
+        }
+        if (s->preparing[bucket]) {
+            g_cond_wait(&s->log_cond, &s->log_lock);
+            continue;
+        }
+        if (p && s->page_size - begin < need) {
+            page_seal(s, bucket);
+            continue;
+        }
+        if (p && p->allocated >= begin + need) {
+            wb = buffer_get(s);
+            if (wb) {
+                buffer_open(s, wb, bucket);
+                continue;
+            }
+            if (s->buffers->len == 0) {
+                return -ENOMEM;
+            }
+        }
+
+        /* What follows blocks; what is sealed must not wait for us. */
+        if (*submit) {
+            BaleWriteBuffer *list = *submit;
+
+            *submit = NULL;
+            g_mutex_unlock(&s->log_lock);
+            log_submit(s, list);
+            g_mutex_lock(&s->log_lock);
+            continue;
+        }
+        if (p && p->allocated >= begin + need) {
+            s->stats.write_buffers_waits++;
+            g_cond_wait(&s->log_cond, &s->log_lock);
+            continue;
+        }
+        s->preparing[bucket] = true;
+        g_mutex_unlock(&s->log_lock);
+        ret = bale_page_prepare(s, bucket, need);
+        g_mutex_lock(&s->log_lock);
+        s->preparing[bucket] = false;
+        g_cond_broadcast(&s->log_cond);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+}
+
+int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
+                    const void *payload, uint64_t live, uint64_t *address)
+{
+    BaleWriteBuffer *submit = NULL, *wb;
+    BaleDirectoryEntry entry;
+    BalePage *p;
+    uint32_t at, size;
+    int ret;
+
+    r->header_len = BALE_RECORD_HEADER_LEN;
+    size = bale_record_size(r);
+    if (segment_len(SEGMENT_OVERHEAD + BALE_BLOCK_SIZE + size, 1) >
+        MIN(s->buffer_size, s->page_size)) {
+        return -EFBIG;
+    }
+
+    g_mutex_lock(&s->log_lock);
+    ret = log_open_buffer(s, bucket, size, &submit);
+    if (ret < 0) {
+        g_mutex_unlock(&s->log_lock);
+        log_submit(s, submit);
+        return ret;
+    }
+    wb = s->open[bucket];
+    p = bale_page(s, wb->page);
+    at = wb->used;
+    wb->used += size;
+    wb->writers++;
+    if (r->seq == 0) {
+        r->seq = s->next_seq++;
+    }
+    if (r->type == BALE_RECORD_ZERO || r->type == BALE_RECORD_DROP) {
+        p->tombstone_seq = MAX(p->tombstone_seq, r->seq);
+    }
+    p->live_bytes += live;
+    entry.record = *r;
+    entry.offset = wb->offset + at;
+    g_array_append_val(wb->directory, entry);
+    s->stats.records_appended++;
+    s->stats.tail_bytes += size;
+    g_mutex_unlock(&s->log_lock);
+
+    *address = page_address(s, wb->page) + entry.offset;
+    if (r->payload_len) {
+        memcpy(wb->buf + at + BALE_RECORD_HEADER_LEN, payload,
+               r->payload_len);
+    }
+    buffer_put_record(wb, r, at);
+
+    g_mutex_lock(&s->log_lock);
+    wb->writers--;
+    if (wb->id && wb->writers == 0) {
+        submit_push(&submit, wb);
+    }
+    g_mutex_unlock(&s->log_lock);
+    log_submit(s, submit);
+    return 0;
+}
+
+void bale_log_flush(BaleStore *s, BaleDone *done, void *opaque)
+{
+    BaleWriteBuffer *submit = NULL;
+    BaleFlushWaiter *w;
+    bool flush, nothing;
+
+    stat_add(&s->stats.flushes, 1);
+    g_mutex_lock(&s->log_lock);
+    if (store_failed(s)) {
+        g_mutex_unlock(&s->log_lock);
+        done(opaque, -EIO);
+        return;
+    }
+    for (int b = 0; b < BALE_BUCKETS; b++) {
+        buffer_seal(s, b, &submit);
+    }
+    nothing = s->sealed_id == s->durable_id && !s->flush_waiters &&
+              !s->flushing && !s->dying_pages->len;
+    s->flush_request++;
+    if (nothing) {
+        s->flushed_request = s->flush_request;
+        g_mutex_unlock(&s->log_lock);
+        done(opaque, 0);
+        return;
+    }
+    w = g_new0(BaleFlushWaiter, 1);
+    w->request = s->flush_request;
+    w->target = s->sealed_id;
+    w->done = done;
+    w->opaque = opaque;
+    *s->flush_waiters_tail = w;
+    s->flush_waiters_tail = &w->next;
+    flush = flush_due(s);
+    g_mutex_unlock(&s->log_lock);
+
+    log_submit(s, submit);
+    if (flush) {
+        log_flush_device(s);
+    }
+}
+
+int bale_log_flush_sync(BaleStore *s)
+{
+    BaleSync sync = { .done = false };
+
+    bale_log_flush(s, bale_sync_done, &sync);
+    return bale_sync_wait(&sync);
+}
+
+void bale_log_seal(BaleStore *s, BaleBucket bucket)
+{
+    BaleWriteBuffer *submit = NULL;
+
+    g_mutex_lock(&s->log_lock);
+    buffer_seal(s, bucket, &submit);
+    g_mutex_unlock(&s->log_lock);
+    log_submit(s, submit);
+}
+
+void bale_log_seal_page(BaleStore *s, BaleBucket bucket)
+{
+    bale_log_seal(s, bucket);
+    g_mutex_lock(&s->log_lock);
+    page_seal(s, bucket);
+    g_mutex_unlock(&s->log_lock);
+}
+
+const uint8_t *bale_log_pin(BaleStore *s, uint64_t address,
+                            BaleWriteBuffer **pinned, size_t *avail)
+{
+    uint64_t page, offset;
+
+    if (!bale_address_split(s, address, &page, &offset)) {
+        return NULL;
+    }
+    for (guint i = 0; i < s->buffers->len; i++) {
+        BaleWriteBuffer *wb = g_ptr_array_index(s->buffers, i);
+
+        if (wb->page == page && offset >= wb->offset &&
+            offset < wb->offset + wb->used) {
+            wb->pins++;
+            *pinned = wb;
+            *avail = wb->offset + wb->used - offset;
+            return wb->buf + (offset - wb->offset);
+        }
+    }
+    return NULL;
+}
+
+void bale_log_unpin(BaleStore *s, BaleWriteBuffer *wb)
+{
+    g_mutex_lock(&s->log_lock);
+    g_assert(wb->pins > 0);
+    wb->pins--;
+    buffer_recycle(wb);
+    g_mutex_unlock(&s->log_lock);
+}
+
+void bale_log_init(BaleStore *s)
+{
+    g_mutex_init(&s->log_lock);
+    g_cond_init(&s->log_cond);
+    s->pages = g_array_new(FALSE, TRUE, sizeof(BalePage));
+    s->free_pages = g_array_new(FALSE, FALSE, sizeof(uint64_t));
+    s->barrier_pages = g_array_new(FALSE, FALSE, sizeof(uint64_t));
+    s->dying_pages = g_array_new(FALSE, FALSE, sizeof(uint64_t));
+    s->buffers = g_ptr_array_new();
+    g_queue_init(&s->in_flight);
+    g_queue_init(&s->unproven);
+    s->flush_waiters_tail = &s->flush_waiters;
+    s->release_work.fn = bale_page_release_work;
+    for (int b = 0; b < BALE_BUCKETS; b++) {
+        s->active[b] = PAGE_NONE;
+    }
+    /* The longest record, a cluster or a checkpoint's, must fit. */
+    s->buffer_size = s->cluster_size > WRITE_BUFFER_SIZE / 2
+                         ? 2 * WRITE_BUFFER_SIZE
+                         : WRITE_BUFFER_SIZE;
+    s->next_seq = 1;
+}
+
+void bale_log_destroy(BaleStore *s)
+{
+    for (guint i = 0; i < s->buffers->len; i++) {
+        BaleWriteBuffer *wb = g_ptr_array_index(s->buffers, i);
+
+        bale_memory_free(wb->buf);
+        g_array_free(wb->directory, TRUE);
+        g_free(wb);
+    }
+    g_ptr_array_free(s->buffers, TRUE);
+    g_array_free(s->pages, TRUE);
+    g_array_free(s->free_pages, TRUE);
+    g_array_free(s->barrier_pages, TRUE);
+    g_array_free(s->dying_pages, TRUE);
+    g_queue_clear(&s->in_flight);
+    g_queue_clear_full(&s->unproven, g_free);
+    g_mutex_clear(&s->log_lock);
+    g_cond_clear(&s->log_cond);
+}

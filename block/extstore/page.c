@@ -1,0 +1,368 @@
+/*
+ * The page table: which page holds what, and when it can be reused.
+ *
+ * A page goes FREE -> ACTIVE -> SEALED -> DEAD -> ZEROING -> ZEROED ->
+ * RELEASING -> FREE, and never another way.  Invariants:
+ *
+ *  1. A page leaves SEALED only when nothing live is in it, no device read and
+ *     no write buffer is on it, and no zero, drop or shrinking image record in
+ *     it hides a record that exists elsewhere.
+ *  2. DEAD ends with a flush that was requested after the page died: what
+ *     replaced its records is durable then.
+ *  3. ZEROED ends with a flush that was requested after the header was zeroed:
+ *     the old header cannot come back after a crash, neither to make stale
+ *     records valid again nor to make released space look like damage.
+ *  4. Each time a page becomes ACTIVE it gets a version that no page ever had.
+ *
+ * There is no eviction: when no page is free the answer is -ENOSPC.  Pages,
+ * buckets by lifetime and live bytes per page follow memcached's extstore.
+ *
+ * Threads: everything under log_lock, but bale_page_prepare() and the release
+ * work, which take it and call the device without it.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "store-internal.h"
+
+#include <errno.h>
+#include <string.h>
+
+#include "util/memory.h"
+
+/*
+ * What is zeroed of a dead page: its header and the first block of its first
+ * segment.  A zero header alone is damage.
+ */
+#define PAGE_ZEROED_LEN (2 * BALE_BLOCK_SIZE)
+
+BalePage *bale_page(BaleStore *s, uint64_t page)
+{
+    g_assert(page < s->pages->len);
+    return &g_array_index(s->pages, BalePage, page);
+}
+
+bool bale_address_split(BaleStore *s, uint64_t address, uint64_t *page,
+                        uint64_t *offset)
+{
+    if (address < BALE_SUPER_SIZE) {
+        return false;
+    }
+    address -= BALE_SUPER_SIZE;
+    *page = address / s->page_size;
+    *offset = address % s->page_size;
+    return *page < s->pages->len;
+}
+
+/* How many whole pages the device holds or, if it grows, could hold. */
+uint64_t bale_page_device_pages(BaleStore *s)
+{
+    uint64_t size = s->dev_info.fixed_size ? s->dev_info.size
+                                           : s->dev_info.max_size;
+
+    size = MIN(size, BALE_DEVICE_SIZE_MAX);
+    return size < BALE_SUPER_SIZE ? 0
+                                  : (size - BALE_SUPER_SIZE) / s->page_size;
+}
+
+int bale_page_table_grow(BaleStore *s, uint64_t pages)
+{
+    if (pages <= s->pages->len) {
+        return 0;
+    }
+    /* At most 2^27 pages fit the address space; see the format's caps. */
+    if (pages > BALE_DEVICE_SIZE_MAX / s->page_size) {
+        return -ENOSPC;
+    }
+    g_array_set_size(s->pages, pages);
+    return 0;
+}
+
+void bale_page_free_list_rebuild(BaleStore *s)
+{
+    g_array_set_size(s->free_pages, 0);
+    for (uint64_t i = s->pages->len; i-- > 0;) {
+        if (bale_page(s, i)->state == BALE_PAGE_FREE) {
+            g_array_append_val(s->free_pages, i);
+        }
+    }
+}
+
+void bale_page_live_add(BaleStore *s, uint64_t address, uint64_t bytes)
+{
+    uint64_t page, offset;
+
+    if (bale_address_split(s, address, &page, &offset)) {
+        bale_page(s, page)->live_bytes += bytes;
+    }
+}
+
+void bale_page_live_sub(BaleStore *s, uint64_t address, uint64_t bytes)
+{
+    uint64_t page, offset;
+    BalePage *p;
+
+    if (!bale_address_split(s, address, &page, &offset)) {
+        return;
+    }
+    p = bale_page(s, page);
+    g_assert(p->live_bytes >= bytes);
+    p->live_bytes -= bytes;
+    if (p->live_bytes == 0) {
+        bale_page_consider(s, page);
+    }
+}
+
+/* Does a page other than @page hold records older than @seq? */
+static bool page_older_exists(BaleStore *s, uint64_t page, uint64_t seq)
+{
+    for (uint64_t i = 0; i < s->pages->len; i++) {
+        BalePage *p = bale_page(s, i);
+
+        /* A dying page still counts: a crash may bring it back. */
+        if (i != page && p->state != BALE_PAGE_FREE &&
+            p->bucket != BALE_BUCKET_META && p->first_seq < seq) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void bale_page_consider(BaleStore *s, uint64_t page)
+{
+    BalePage *p = bale_page(s, page);
+
+    if (p->state != BALE_PAGE_SEALED || p->live_bytes || p->readers ||
+        p->in_flight || !s->session || store_failed(s) ||
+        (p->tombstone_seq && page_older_exists(s, page, p->tombstone_seq))) {
+        return;
+    }
+    p->state = BALE_PAGE_DEAD;
+    p->free_flush = s->flush_request + 1;
+    g_array_append_val(s->dying_pages, page);
+}
+
+void bale_page_consider_all(BaleStore *s)
+{
+    for (uint64_t i = 0; i < s->pages->len; i++) {
+        bale_page_consider(s, i);
+    }
+}
+
+/* One step of the release work on @page; called and returns with the lock. */
+static int page_release_step(BaleStore *s, uint64_t page, const void *zeroes)
+{
+    uint64_t address = page_address(s, page);
+    bool zero = bale_page(s, page)->state == BALE_PAGE_ZEROING;
+    int ret = 0;
+
+    g_mutex_unlock(&s->log_lock);
+    if (zero) {
+        ret = bale_device_store_sync(s->dev, address, zeroes,
+                                     PAGE_ZEROED_LEN);
+    } else {
+        /* Space that stays allocated is a pity, not an error. */
+        s->dev->ops->release(s->dev, address, s->page_size);
+    }
+    g_mutex_lock(&s->log_lock);
+    if (ret == 0 && zero) {
+        bale_page(s, page)->state = BALE_PAGE_ZEROED;
+        bale_page(s, page)->free_flush = s->flush_request + 1;
+    } else if (ret == 0) {
+        memset(bale_page(s, page), 0, sizeof(BalePage));
+        g_array_append_val(s->free_pages, page);
+    }
+    return ret;
+}
+
+/*
+ * Zero the headers of dead pages, and give back the space of those whose
+ * zeroed header is durable.  On a worker, because the device may block.
+ */
+void bale_page_release_work(BaleWork *work, void *context, unsigned worker)
+{
+    BaleStore *s = (BaleStore *)((char *)work -
+                                 offsetof(BaleStore, release_work));
+    BALE_AUTO_MEMORY uint8_t *zeroes = NULL;
+    bool freed = false;
+    int ret = 0;
+
+    zeroes = bale_memory_try_alloc0(BALE_BLOCK_SIZE, PAGE_ZEROED_LEN);
+    g_mutex_lock(&s->log_lock);
+    for (guint i = 0; zeroes && ret == 0 && i < s->dying_pages->len;) {
+        uint64_t page = g_array_index(s->dying_pages, uint64_t, i);
+        BalePageState state = bale_page(s, page)->state;
+
+        if (state == BALE_PAGE_ZEROING || state == BALE_PAGE_RELEASING) {
+            ret = page_release_step(s, page, zeroes);
+        }
+        if (ret == 0 && state == BALE_PAGE_RELEASING) {
+            g_array_remove_index(s->dying_pages, i);
+            freed = true;
+        } else {
+            i++;
+        }
+    }
+    if (freed) {
+        /* What is gone may have been all that a tombstone was kept for. */
+        bale_page_consider_all(s);
+    }
+    s->release_queued = false;
+    g_cond_broadcast(&s->log_cond);
+    g_mutex_unlock(&s->log_lock);
+    if (ret < 0) {
+        bale_store_poison(s, ret, "zeroing the header of a dead page");
+    }
+    g_mutex_lock(&s->log_lock);
+    s->background--;
+    g_cond_broadcast(&s->log_cond);
+    g_mutex_unlock(&s->log_lock);
+}
+
+void bale_page_flushed(BaleStore *s)
+{
+    bool work = false;
+
+    for (guint i = 0; i < s->dying_pages->len; i++) {
+        BalePage *p = bale_page(s, g_array_index(s->dying_pages, uint64_t,
+                                                 i));
+
+        if (p->state == BALE_PAGE_DEAD &&
+            p->free_flush <= s->flushed_request) {
+            p->state = BALE_PAGE_ZEROING;
+        } else if (p->state == BALE_PAGE_ZEROED &&
+                   p->free_flush <= s->flushed_request) {
+            p->state = BALE_PAGE_RELEASING;
+        }
+        work |= p->state == BALE_PAGE_ZEROING ||
+                p->state == BALE_PAGE_RELEASING;
+    }
+    if (work && !s->release_queued && !store_failed(s)) {
+        s->release_queued = true;
+        s->background++;
+        bale_workers_push(s->workers, &s->release_work, BALE_WORK_NORMAL);
+    }
+}
+
+/* Take a free page, or a new one at the end of the device. */
+static int page_take(BaleStore *s, uint64_t *page)
+{
+    uint64_t n = s->pages->len;
+    int ret;
+
+    if (s->free_pages->len) {
+        *page = g_array_index(s->free_pages, uint64_t,
+                              s->free_pages->len - 1);
+        g_array_set_size(s->free_pages, s->free_pages->len - 1);
+        return 0;
+    }
+    if (n >= bale_page_device_pages(s)) {
+        return -ENOSPC;
+    }
+    ret = bale_page_table_grow(s, n + 1);
+    *page = n;
+    return ret;
+}
+
+/* Ask the device for more of @page; not under log_lock. */
+static int page_allocate(BaleStore *s, uint64_t page, uint64_t from,
+                         uint64_t need, uint64_t *allocated)
+{
+    uint64_t step = MIN((uint64_t)ALLOCATE_BUFFERS * s->buffer_size,
+                        s->page_size - from);
+    uint64_t address = page_address(s, page) + from;
+    int ret;
+
+    step = MAX(step, need);
+    ret = s->dev->ops->allocate(s->dev, address, step);
+    if (ret == -ENOSPC && need < step) {
+        step = need;
+        ret = s->dev->ops->allocate(s->dev, address, step);
+    }
+    *allocated = from + step;
+    return ret;
+}
+
+/* One attempt; see bale_page_prepare(). */
+static int page_prepare_once(BaleStore *s, BaleBucket bucket, uint32_t need)
+{
+    uint64_t page, from, want, allocated;
+    bool fresh;
+    BalePage *p;
+    int ret;
+
+    g_mutex_lock(&s->log_lock);
+    page = s->active[bucket];
+    fresh = page == PAGE_NONE;
+    if (fresh) {
+        ret = page_take(s, &page);
+        if (ret < 0) {
+            g_mutex_unlock(&s->log_lock);
+            return ret;
+        }
+        from = 0;
+        want = BALE_BLOCK_SIZE + need;
+    } else {
+        uint64_t begin;
+
+        p = bale_page(s, page);
+        begin = MAX(p->end, BALE_BLOCK_SIZE);
+        from = MAX(p->allocated, p->end);
+        if (MIN(begin + need, s->page_size) <= from) {
+            g_mutex_unlock(&s->log_lock);
+            return 0;
+        }
+        want = MIN(begin + need, s->page_size) - from;
+    }
+    g_mutex_unlock(&s->log_lock);
+
+    ret = page_allocate(s, page, from, want, &allocated);
+
+    g_mutex_lock(&s->log_lock);
+    if (fresh && (ret < 0 || s->page_count == UINT32_MAX)) {
+        g_array_append_val(s->free_pages, page);
+        ret = ret < 0 ? ret : -ENOSPC;
+    } else if (ret == 0) {
+        p = bale_page(s, page);
+        if (fresh) {
+            memset(p, 0, sizeof(*p));
+            p->state = BALE_PAGE_ACTIVE;
+            p->bucket = bucket;
+            p->version = s->super.generation << 32 | ++s->page_count;
+            p->first_seq = s->next_seq;
+            s->active[bucket] = page;
+        }
+        p->allocated = allocated;
+    }
+    g_mutex_unlock(&s->log_lock);
+    return ret;
+}
+
+int bale_page_prepare(BaleStore *s, BaleBucket bucket, uint32_t need)
+{
+    int ret = page_prepare_once(s, bucket, need);
+
+    /*
+     * Dead pages need two flushes to become free.  A writer that would
+     * otherwise see a full store can wait for them.
+     */
+    for (int i = 0; i < 2 && ret == -ENOSPC; i++) {
+        bool dying;
+
+        g_mutex_lock(&s->log_lock);
+        dying = s->dying_pages->len > 0;
+        g_mutex_unlock(&s->log_lock);
+        if (!dying || bale_log_flush_sync(s) < 0) {
+            break;
+        }
+        g_mutex_lock(&s->log_lock);
+        while (s->release_queued) {
+            if (bale_workers_threads(s->workers) == 1) {
+                break; /* we may be the one who should do it */
+            }
+            g_cond_wait(&s->log_cond, &s->log_lock);
+        }
+        g_mutex_unlock(&s->log_lock);
+        ret = page_prepare_once(s, bucket, need);
+    }
+    return ret;
+}

@@ -1,0 +1,324 @@
+/*
+ * The inside of a store: what its parts share.  docs/architecture.md tells the
+ * whole; this header tells who owns which field.
+ *
+ *     image.c       requests on clusters: read, write, zero, status
+ *     cache.c       decompressed clusters in memory
+ *     log.c         appends records to pages through write buffers; flushes
+ *     page.c        the page table: allocates, counts, frees pages
+ *     recover.c     reads a checkpoint, or rebuilds the state by a scan
+ *     checkpoint.c  writes a checkpoint and superblocks
+ *     store.c       create, open, close
+ *     check.c       check and repair
+ *
+ * Locks, in the order in which they may be taken: session_lock, range_lock,
+ * cache lock, log_lock.  No lock is held while the device is called or a
+ * completion runs.  docs/locking.md is the reference.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#ifndef BALE_EXTSTORE_STORE_INTERNAL_H
+#define BALE_EXTSTORE_STORE_INTERNAL_H
+
+#include <glib.h>
+
+#include "extstore/store.h"
+#include "format.h"
+#include "util/epoch.h"
+#include "util/histogram.h"
+#include "util/index.h"
+#include "util/workers.h"
+
+/* Bytes of one write buffer, unless clusters need larger ones. */
+#define WRITE_BUFFER_SIZE (2u << 20)
+/* Write buffers of a store: open ones, in flight, and being filled. */
+#define WRITE_BUFFERS_MAX 8u
+/* Space is asked of the device in steps of so many write buffers. */
+#define ALLOCATE_BUFFERS 4u
+#define PAGE_NONE UINT64_MAX
+
+typedef struct BalePage BalePage;
+typedef struct BaleWriteBuffer BaleWriteBuffer;
+typedef struct BaleFlushWaiter BaleFlushWaiter;
+typedef struct BaleCache BaleCache;
+
+/* --- pages (page.c); all fields under log_lock --- */
+
+typedef enum BalePageState {
+    BALE_PAGE_FREE,      /* on the free list, or beyond the device's end */
+    BALE_PAGE_ACTIVE,    /* appended to by one bucket */
+    BALE_PAGE_SEALED,    /* holds records, is not appended to */
+    BALE_PAGE_DEAD,      /* waits for a flush */
+    BALE_PAGE_ZEROING,   /* its header is being zeroed */
+    BALE_PAGE_ZEROED,    /* waits for a flush */
+    BALE_PAGE_RELEASING, /* its space is being given back */
+} BalePageState;
+
+struct BalePage {
+    uint64_t version;       /* 0 while free */
+    uint64_t end;           /* of the last segment given out, in the page */
+    uint64_t allocated;     /* bytes of the page that the device has promised */
+    uint64_t proven;        /* a flush has proven everything below */
+    uint64_t live_bytes;
+    uint64_t first_seq;
+    uint64_t tombstone_seq; /* highest of a zero, drop, shrinking image; 0 */
+    uint64_t free_flush;    /* DEAD, ZEROED: flush request to wait for */
+    uint32_t in_flight;     /* its write buffers not yet on the device */
+    uint32_t readers;       /* device reads under way */
+    uint8_t bucket;
+    uint8_t state;
+    bool barrier_pending;   /* proven has grown since it was last written */
+};
+
+/* --- write buffers (log.c) --- */
+
+struct BaleWriteBuffer {
+    BaleStore *store;
+    uint8_t *buf;        /* WRITE_BUFFER bytes, aligned to a block */
+    /* Set when the buffer is opened, then constant while in use. */
+    uint64_t page;
+    uint64_t version;
+    uint64_t offset;     /* in the page, of buf[0] */
+    uint32_t segment;    /* where in buf the segment begins */
+    uint32_t limit;      /* the segment ends at or before this */
+    uint32_t barriers;
+    uint8_t bucket;
+    BaleBarrier barrier[BALE_BARRIERS_MAX];
+    /* Under log_lock. */
+    uint32_t used;       /* bytes of buf given out to records */
+    uint32_t len;        /* bytes to write, set when sealed */
+    uint32_t writers;    /* appends that still copy */
+    uint32_t pins;       /* readers */
+    uint64_t id;         /* order of sealing, 0 before */
+    bool stable;
+    bool failed;
+    GArray *directory;   /* BaleDirectoryEntry */
+    BaleDeviceIo io;
+    BaleWriteBuffer *next; /* free list, or list to submit */
+};
+
+/* --- the store --- */
+
+typedef struct BaleWorkerContext {
+    BaleCodecContext *codec;
+    uint8_t *cluster; /* one cluster */
+    uint8_t *packed;  /* compressed output, one cluster */
+} BaleWorkerContext;
+
+struct BaleImage {
+    BaleStore *store;
+    BaleImageRecord record;  /* under log_lock */
+    BaleIndex *index;        /* cluster -> value; latch-free */
+    uint32_t *chunk_entries; /* per BALE_CHUNK_CLUSTERS; atomic */
+    uint64_t chunks;
+    uint64_t record_address; /* of the newest image record; under log_lock */
+    unsigned openers;        /* under log_lock */
+
+    BaleBackingRead *backing_read; /* set before requests */
+    void *backing_opaque;
+
+    GMutex range_lock;       /* orders writes that share clusters */
+    struct BaleRequest *ranges_active;
+    struct BaleRequest *ranges_waiting, **ranges_waiting_tail;
+
+    uint64_t size;           /* atomic copy of record.size */
+    uint64_t readahead_next[4]; /* atomic: where sequential readers go on */
+    unsigned readahead_slot;
+};
+
+typedef struct BaleCheckpointRecord {
+    uint64_t address;
+    uint32_t len;
+} BaleCheckpointRecord;
+
+struct BaleStore {
+    /* Constant after open. */
+    BaleDevice *dev;
+    BaleDeviceInfo dev_info;
+    BaleOpenOptions options;
+    uint64_t identity;
+    uint32_t cluster_size;
+    uint32_t cluster_bits;
+    uint64_t page_size;
+    uint32_t buffer_size;
+    BaleWorkers *workers;
+    BaleEpoch *epoch;
+    BaleImage *image;
+    BaleCache *cache;
+    bool was_clean;
+    uint64_t recovered_records, torn_bytes, damaged_records;
+
+    /*
+     * Held for reading by whoever appends and updates the index, for writing
+     * by a checkpoint.  Guards super and session.
+     */
+    GRWLock session_lock;
+    BaleSuper super;
+    bool session;            /* the superblocks say "not clean" */
+    bool read_only;
+    GArray *checkpoint;      /* BaleCheckpointRecord of the newest one */
+    uint32_t page_count;     /* pages opened in this session; log_lock */
+
+    int failed;              /* atomic: 0, or the -errno that poisoned us */
+    int corrupt;             /* atomic bool */
+
+    GMutex log_lock;
+    GCond log_cond;          /* a buffer is free, a page opened, progress */
+    uint64_t next_seq;
+    GArray *pages;           /* BalePage */
+    GArray *free_pages;      /* uint64_t, a stack */
+    GArray *barrier_pages;   /* uint64_t: barrier_pending */
+    GArray *dying_pages;     /* uint64_t: DEAD to RELEASING */
+    uint64_t active[BALE_BUCKETS];      /* page or PAGE_NONE */
+    bool preparing[BALE_BUCKETS];       /* somebody prepares room */
+    BaleWriteBuffer *open[BALE_BUCKETS];
+    BaleWriteBuffer *free_buffers;
+    GPtrArray *buffers;      /* all of them */
+    uint64_t sealed_id;      /* id of the newest sealed buffer */
+    GQueue in_flight;        /* sealed buffers in order of id, until stable */
+    GQueue unproven;         /* UnprovenEnd: stable, not yet flushed */
+    uint64_t durable_id;     /* everything up to this id was flushed */
+    bool flushing;
+    uint64_t flushing_id, flushing_request;
+    uint64_t flush_request;  /* number of the newest flush request */
+    uint64_t flushed_request;
+    BaleFlushWaiter *flush_waiters, **flush_waiters_tail;
+    BaleDeviceIo flush_io;
+    bool release_queued;
+    BaleWork release_work;
+    unsigned background;     /* device I/O that nobody else waits for */
+
+    BaleStoreStats stats;    /* atomic, but for those under log_lock */
+    BaleHistogram read_hist, write_hist, flush_hist;
+};
+
+static inline void stat_add(uint64_t *counter, uint64_t n)
+{
+    __atomic_fetch_add(counter, n, __ATOMIC_RELAXED);
+}
+
+static inline int store_failed(BaleStore *s)
+{
+    return __atomic_load_n(&s->failed, __ATOMIC_ACQUIRE);
+}
+
+/* The nanosecond clock of the latency histograms. */
+static inline uint64_t bale_now_ns(void)
+{
+    return g_get_monotonic_time() * 1000;
+}
+
+static inline uint64_t page_address(BaleStore *s, uint64_t page)
+{
+    return BALE_SUPER_SIZE + page * s->page_size;
+}
+
+/*
+ * Wait for one completion: BaleSync sync = { .done = false }; pass
+ * bale_sync_done and &sync; then bale_sync_wait().  (store.c)
+ */
+typedef struct BaleSync {
+    GMutex lock;
+    GCond cond;
+    bool done;
+    int ret;
+} BaleSync;
+
+void bale_sync_done(void *opaque, int ret);
+int bale_sync_wait(BaleSync *sync);
+
+/* page.c: under log_lock */
+BalePage *bale_page(BaleStore *s, uint64_t page);
+bool bale_address_split(BaleStore *s, uint64_t address, uint64_t *page,
+                        uint64_t *offset);
+/* Make sure that the table describes @pages pages; -ENOMEM. */
+int bale_page_table_grow(BaleStore *s, uint64_t pages);
+void bale_page_live_add(BaleStore *s, uint64_t address, uint64_t bytes);
+void bale_page_live_sub(BaleStore *s, uint64_t address, uint64_t bytes);
+/* Begin to free @page if nothing in it is needed any more. */
+void bale_page_consider(BaleStore *s, uint64_t page);
+/* All pages, after the set of pages in use has become smaller or newer. */
+void bale_page_consider_all(BaleStore *s);
+/* A flush request has completed: move dying pages on. */
+void bale_page_flushed(BaleStore *s);
+/* Rebuild the stack of free pages from the states of the pages. */
+void bale_page_free_list_rebuild(BaleStore *s);
+uint64_t bale_page_device_pages(BaleStore *s);
+/* Not under log_lock: make @bucket's active page have room for a segment. */
+int bale_page_prepare(BaleStore *s, BaleBucket bucket, uint32_t need);
+void bale_page_release_work(BaleWork *work, void *context, unsigned worker);
+
+/* log.c */
+void bale_log_init(BaleStore *s);
+void bale_log_destroy(BaleStore *s);
+/*
+ * Append one record.  @r: type, codec, layer, count, cluster, payload_len and
+ * seq (0: take the next one; it is stored back); the rest is filled in.
+ * @live is added to the page's live bytes.  *@address: where the record is; it
+ * can be read from there at once.  Blocks while no write buffer is free.
+ */
+int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
+                    const void *payload, uint64_t live, uint64_t *address);
+void bale_log_flush(BaleStore *s, BaleDone *done, void *opaque);
+int bale_log_flush_sync(BaleStore *s);
+/* Seal @bucket's open segment, so that the next record begins a new one. */
+void bale_log_seal(BaleStore *s, BaleBucket bucket);
+/* Stop appending to the active page of @bucket. */
+void bale_log_seal_page(BaleStore *s, BaleBucket bucket);
+/*
+ * If the record at @address is in a write buffer, pin that and return where
+ * the record begins in memory, with *@avail the bytes behind it.  Else NULL.
+ * Under log_lock.
+ */
+const uint8_t *bale_log_pin(BaleStore *s, uint64_t address,
+                            BaleWriteBuffer **pinned, size_t *avail);
+void bale_log_unpin(BaleStore *s, BaleWriteBuffer *wb);
+void bale_store_poison(BaleStore *s, int err, const char *what);
+
+/* checkpoint.c */
+int bale_session_begin(BaleStore *s);
+bool bale_checkpoint_write(BaleStore *s, GError **errp);
+bool bale_supers_write(BaleStore *s, GError **errp);
+
+/* recover.c */
+bool bale_recover(BaleStore *s, GError **errp);
+
+/* image.c */
+BaleImage *bale_image_new(BaleStore *s, const BaleImageRecord *record,
+                          GError **errp);
+void bale_image_free(BaleImage *image);
+/* Set an index entry and keep the chunk counter; 0 or -ENOMEM. */
+int bale_image_index_set(BaleImage *image, uint64_t cluster, uint64_t value,
+                         uint64_t *old);
+/*
+ * Take over a new record: its size may need a larger index.  -ENOMEM.  No
+ * write is under way, or session_lock is held for writing.
+ */
+int bale_image_set_record(BaleImage *image, const BaleImageRecord *record);
+void bale_image_index_clear_from(BaleImage *image, uint64_t cluster);
+uint64_t bale_image_clusters(const BaleImageRecord *record,
+                             uint32_t cluster_size);
+int bale_image_record_append(BaleImage *image, const BaleImageRecord *record,
+                             bool shrinks);
+/*
+ * Verify the record at @buf (of which @avail bytes may be read) as the data of
+ * @cluster, and decompress it to @dst, one cluster long.
+ */
+int bale_image_unpack(BaleImage *image, BaleWorkerContext *wc,
+                      uint64_t address, uint64_t version, uint64_t cluster,
+                      const uint8_t *buf, size_t avail, uint8_t *dst);
+
+/* cache.c */
+BaleCache *bale_cache_new(uint64_t bytes, uint32_t cluster_size);
+void bale_cache_free(BaleCache *cache);
+/* Copy out of the cluster's cached content, if it is that of @value. */
+bool bale_cache_get(BaleCache *cache, uint64_t cluster, uint64_t value,
+                    uint32_t offset, void *dst, uint32_t len);
+bool bale_cache_has(BaleCache *cache, uint64_t cluster, uint64_t value);
+/* Keep a copy of @data, unless @index has moved on from @value. */
+void bale_cache_put(BaleCache *cache, BaleIndex *index, uint64_t cluster,
+                    uint64_t value, const void *data);
+void bale_cache_drop(BaleCache *cache, uint64_t cluster);
+void bale_cache_drop_all(BaleCache *cache);
+
+#endif

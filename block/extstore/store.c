@@ -1,0 +1,562 @@
+/*
+ * The store as a whole: create, open, close, what it tells about itself.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "store-internal.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+
+#include "util/memory.h"
+
+G_DEFINE_QUARK(bale-store-error-quark, bale_store_error)
+
+int bale_error_to_errno(const GError *err)
+{
+    if (!err || err->domain != BALE_STORE_ERROR) {
+        return -EIO;
+    }
+    switch (err->code) {
+    case BALE_STORE_ERROR_NOT_A_STORE:
+    case BALE_STORE_ERROR_INVALID:
+        return -EINVAL;
+    case BALE_STORE_ERROR_UNSUPPORTED:
+        return -ENOTSUP;
+    case BALE_STORE_ERROR_NO_SPACE:
+        return -ENOSPC;
+    case BALE_STORE_ERROR_NO_MEMORY:
+        return -ENOMEM;
+    case BALE_STORE_ERROR_READ_ONLY:
+        return -EROFS;
+    default:
+        return -EIO;
+    }
+}
+
+static bool store_error(GError **errp, BaleStoreErrorCode code,
+                        const char *fmt, ...) G_GNUC_PRINTF(3, 4);
+
+static bool store_error(GError **errp, BaleStoreErrorCode code,
+                        const char *fmt, ...)
+{
+    va_list ap;
+
+    va_start(ap, fmt);
+    if (errp) {
+        *errp = g_error_new_valist(BALE_STORE_ERROR, code, fmt, ap);
+    }
+    va_end(ap);
+    return false;
+}
+
+void bale_sync_done(void *opaque, int ret)
+{
+    BaleSync *sync = opaque;
+
+    g_mutex_lock(&sync->lock);
+    sync->done = true;
+    sync->ret = ret;
+    g_cond_signal(&sync->cond);
+    g_mutex_unlock(&sync->lock);
+}
+
+int bale_sync_wait(BaleSync *sync)
+{
+    g_mutex_lock(&sync->lock);
+    while (!sync->done) {
+        g_cond_wait(&sync->cond, &sync->lock);
+    }
+    g_mutex_unlock(&sync->lock);
+    return sync->ret;
+}
+
+/* --- workers --- */
+
+static void worker_context_free(void *context)
+{
+    BaleWorkerContext *wc = context;
+
+    if (wc) {
+        bale_codec_context_free(wc->codec);
+        bale_memory_free(wc->cluster);
+        bale_memory_free(wc->packed);
+        g_free(wc);
+    }
+}
+
+static void *worker_context_new(void *opaque, unsigned worker, GError **errp)
+{
+    BaleStore *s = opaque;
+    BaleWorkerContext *wc = g_new0(BaleWorkerContext, 1);
+
+    wc->codec = bale_codec_context_new(s->image->record.codec,
+                                       s->image->record.level,
+                                       s->cluster_size, errp);
+    wc->cluster = bale_memory_try_alloc(BALE_BLOCK_SIZE, s->cluster_size);
+    wc->packed = bale_memory_try_alloc(BALE_BLOCK_SIZE, s->cluster_size);
+    if (wc->codec && (!wc->cluster || !wc->packed)) {
+        store_error(errp, BALE_STORE_ERROR_NO_MEMORY,
+                    "no memory for a compression thread");
+    }
+    if (!wc->codec || !wc->cluster || !wc->packed) {
+        worker_context_free(wc);
+        return NULL;
+    }
+    return wc;
+}
+
+/* --- making and freeing a BaleStore --- */
+
+static void store_free(BaleStore *s)
+{
+    if (!s) {
+        return;
+    }
+    bale_workers_free(s->workers);
+    bale_image_free(s->image);
+    bale_cache_free(s->cache);
+    bale_epoch_free(s->epoch);
+    bale_log_destroy(s);
+    g_array_free(s->checkpoint, TRUE);
+    g_rw_lock_clear(&s->session_lock);
+    g_free(s);
+}
+
+static BaleStore *store_new(BaleDevice *dev, const BaleSuper *super,
+                            const BaleOpenOptions *o)
+{
+    BaleStore *s = g_new0(BaleStore, 1);
+
+    s->dev = dev;
+    dev->ops->get_info(dev, &s->dev_info);
+    s->options = *o;
+    s->super = *super;
+    s->identity = bale_identity(super->uuid);
+    s->cluster_size = super->cluster_size;
+    s->cluster_bits = __builtin_ctz(super->cluster_size);
+    s->page_size = super->page_size;
+    s->read_only = o->read_only;
+    s->epoch = bale_epoch_new();
+    s->checkpoint = g_array_new(FALSE, FALSE, sizeof(BaleCheckpointRecord));
+    g_rw_lock_init(&s->session_lock);
+    bale_log_init(s);
+    return s;
+}
+
+static bool store_start(BaleStore *s, GError **errp)
+{
+    if (s->options.cache_size) {
+        s->cache = bale_cache_new(s->options.cache_size, s->cluster_size);
+    }
+    s->workers = bale_workers_new("bale", s->options.workers,
+                                  worker_context_new, worker_context_free, s,
+                                  errp);
+    return s->workers;
+}
+
+/* --- create --- */
+
+bool bale_create_options_check(const BaleCreateOptions *o, GError **errp)
+{
+    uint32_t cluster_size =
+        o->cluster_size ? o->cluster_size : BALE_CLUSTER_SIZE_DEFAULT;
+    uint64_t page_size = o->page_size ? o->page_size : BALE_PAGE_SIZE_DEFAULT;
+
+    if (!bale_is_power_of_2(cluster_size) ||
+        cluster_size < BALE_CLUSTER_SIZE_MIN ||
+        cluster_size > BALE_CLUSTER_SIZE_MAX) {
+        return store_error(errp, BALE_STORE_ERROR_INVALID,
+                           "cluster size %" PRIu32 " is not a power of two "
+                           "between %u and %u", cluster_size,
+                           BALE_CLUSTER_SIZE_MIN, BALE_CLUSTER_SIZE_MAX);
+    }
+    if (page_size % BALE_PAGE_SIZE_UNIT || page_size > BALE_PAGE_SIZE_MAX) {
+        return store_error(errp, BALE_STORE_ERROR_INVALID,
+                           "page size %" PRIu64 " is not a multiple of %llu "
+                           "up to %llu", page_size, BALE_PAGE_SIZE_UNIT,
+                           BALE_PAGE_SIZE_MAX);
+    }
+    if (page_size / BALE_PAGE_CLUSTERS_MIN < cluster_size) {
+        return store_error(errp, BALE_STORE_ERROR_INVALID,
+                           "page size %" PRIu64 " is less than %u clusters "
+                           "of %" PRIu32, page_size, BALE_PAGE_CLUSTERS_MIN,
+                           cluster_size);
+    }
+    if (o->size > BALE_IMAGE_SIZE_MAX ||
+        o->size / cluster_size >= BALE_IMAGE_CLUSTERS_MAX) {
+        return store_error(errp, BALE_STORE_ERROR_INVALID,
+                           "image size %" PRIu64 " is more than %llu "
+                           "clusters of %" PRIu32, o->size,
+                           BALE_IMAGE_CLUSTERS_MAX - 1, cluster_size);
+    }
+    if (!bale_codec_valid(o->codec)) {
+        return store_error(errp, BALE_STORE_ERROR_INVALID,
+                           "unknown compression type %d", o->codec);
+    }
+    if ((o->backing_file &&
+         (strlen(o->backing_file) > BALE_BACKING_NAME_MAX ||
+          !g_utf8_validate(o->backing_file, -1, NULL))) ||
+        (o->backing_format && strlen(o->backing_format) > 63)) {
+        return store_error(errp, BALE_STORE_ERROR_INVALID,
+                           "the backing file's name or format is longer than "
+                           "%u bytes or not UTF-8", BALE_BACKING_NAME_MAX);
+    }
+    return bale_codec_check_level(o->codec, o->level, errp);
+}
+
+static bool create_check_device(BaleDevice *dev, uint64_t page_size,
+                                GError **errp)
+{
+    BaleDeviceInfo info;
+
+    dev->ops->get_info(dev, &info);
+    if (info.read_only) {
+        return store_error(errp, BALE_STORE_ERROR_READ_ONLY,
+                           "the device is read-only");
+    }
+    if (info.block_size > BALE_BLOCK_SIZE) {
+        return store_error(errp, BALE_STORE_ERROR_INVALID,
+                           "the device's blocks of %" PRIu32 " bytes are "
+                           "larger than %u", info.block_size,
+                           BALE_BLOCK_SIZE);
+    }
+    /* Data and metadata need a page each. */
+    if (info.fixed_size &&
+        info.size < BALE_SUPER_SIZE + BALE_BUCKET_COMPACTED * page_size) {
+        return store_error(errp, BALE_STORE_ERROR_NO_SPACE,
+                           "a device of %" PRIu64 " bytes is too small for "
+                           "two pages of %" PRIu64, info.size, page_size);
+    }
+    return true;
+}
+
+/* An older store's superblocks must not win over the new one's. */
+static int create_wipe(BaleDevice *dev)
+{
+    BALE_AUTO_MEMORY uint8_t *zeroes =
+        bale_memory_try_alloc0(BALE_BLOCK_SIZE, BALE_BLOCK_SIZE);
+    int ret = zeroes ? dev->ops->allocate(dev, 0, BALE_SUPER_SIZE) : -ENOMEM;
+
+    for (unsigned i = 0; ret == 0 && i < BALE_SUPER_COPIES; i++) {
+        ret = bale_device_store_sync(dev, bale_super_address(i), zeroes,
+                                     BALE_BLOCK_SIZE);
+    }
+    return ret < 0 ? ret : bale_device_flush_sync(dev);
+}
+
+bool bale_store_create(BaleDevice *dev, const BaleCreateOptions *o,
+                       GError **errp)
+{
+    BaleOpenOptions open = { .workers = 1 };
+    BaleSuper super = { .generation = 1 };
+    BaleImageRecord record = { .id = 1, .layer = 1 };
+    BaleStore *s;
+    bool ok = false;
+    int ret;
+
+    if (!bale_create_options_check(o, errp)) {
+        return false;
+    }
+    super.cluster_size =
+        o->cluster_size ? o->cluster_size : BALE_CLUSTER_SIZE_DEFAULT;
+    super.page_size = o->page_size ? o->page_size : BALE_PAGE_SIZE_DEFAULT;
+    if (!create_check_device(dev, super.page_size, errp)) {
+        return false;
+    }
+    if (getrandom(super.uuid, sizeof(super.uuid), 0) != sizeof(super.uuid)) {
+        return store_error(errp, BALE_STORE_ERROR_IO,
+                           "no random numbers: %s", g_strerror(errno));
+    }
+    super.uuid[6] = (super.uuid[6] & 0x0f) | 0x40; /* RFC 4122, version 4 */
+    super.uuid[8] = (super.uuid[8] & 0x3f) | 0x80;
+    record.size = o->size;
+    record.codec = o->codec;
+    record.level = o->level;
+    g_strlcpy(record.backing_file, o->backing_file ? o->backing_file : "",
+              sizeof(record.backing_file));
+    g_strlcpy(record.backing_format,
+              o->backing_format ? o->backing_format : "",
+              sizeof(record.backing_format));
+
+    ret = create_wipe(dev);
+    if (ret < 0) {
+        return store_error(errp,
+                           ret == -ENOSPC ? BALE_STORE_ERROR_NO_SPACE
+                                          : BALE_STORE_ERROR_IO,
+                           "writing the super area: %s", g_strerror(-ret));
+    }
+    if (dev->ops->set_geometry) {
+        dev->ops->set_geometry(dev, BALE_SUPER_SIZE, super.page_size);
+    }
+    s = store_new(dev, &super, &open);
+    s->image = bale_image_new(s, &record, errp);
+    if (s->image && store_start(s, errp)) {
+        /*
+         * The superblocks are zero until the checkpoint is complete: a crash
+         * before that leaves no store at all, not half of one.
+         */
+        s->session = true;
+        g_rw_lock_writer_lock(&s->session_lock);
+        ok = bale_checkpoint_write(s, errp);
+        g_rw_lock_writer_unlock(&s->session_lock);
+    }
+    store_free(s);
+    return ok;
+}
+
+/* --- open --- */
+
+/* Find the newest valid superblock. */
+static bool store_read_supers(BaleDevice *dev, BaleSuper *super,
+                              GError **errp)
+{
+    BALE_AUTO_MEMORY uint8_t *block =
+        bale_memory_try_alloc(BALE_BLOCK_SIZE, BALE_BLOCK_SIZE);
+    const char *unsupported = NULL, *damaged = NULL;
+    bool found = false, refused = false;
+    uint64_t refused_generation = 0;
+
+    if (!block) {
+        return store_error(errp, BALE_STORE_ERROR_NO_MEMORY,
+                           "no memory for a superblock");
+    }
+    for (unsigned copy = 0; copy < BALE_SUPER_COPIES; copy++) {
+        const char *reason;
+        BaleSuper next = { .generation = 0 };
+        int ret;
+
+        ret = bale_device_get_sync(dev, bale_super_address(copy), block,
+                                   BALE_BLOCK_SIZE);
+        if (ret < 0) {
+            return store_error(errp, BALE_STORE_ERROR_IO,
+                               "reading superblock copy %u: %s", copy,
+                               g_strerror(-ret));
+        }
+        ret = bale_super_decode(&next, copy, block, &reason);
+        if (ret == 0 && next.generation > super->generation) {
+            *super = next;
+            found = true;
+        } else if (ret == -ENOTSUP) {
+            /* A feature that is not known counts if its copy is newest. */
+            refused |= next.generation > 0;
+            refused_generation = MAX(refused_generation, next.generation);
+            unsupported = reason;
+        } else if (ret == -EIO) {
+            damaged = reason;
+        }
+    }
+    if (refused && refused_generation > super->generation) {
+        found = false;
+    }
+    if (found) {
+        return true;
+    }
+    if (unsupported) {
+        return store_error(errp, BALE_STORE_ERROR_UNSUPPORTED,
+                           "not supported: %s", unsupported);
+    }
+    if (damaged) {
+        return store_error(errp, BALE_STORE_ERROR_CORRUPT,
+                           "no superblock copy is valid: %s", damaged);
+    }
+    return store_error(errp, BALE_STORE_ERROR_NOT_A_STORE,
+                       "not a Bale store: no superblock found");
+}
+
+BaleStore *bale_store_open(BaleDevice *dev, const BaleOpenOptions *o,
+                           GError **errp)
+{
+    BaleSuper super = { .generation = 0 };
+    BaleStore *s;
+
+    if (o->workers > BALE_WORKERS_MAX) {
+        store_error(errp, BALE_STORE_ERROR_INVALID,
+                    "%u compression threads are more than %u", o->workers,
+                    BALE_WORKERS_MAX);
+        return NULL;
+    }
+    if (!store_read_supers(dev, &super, errp)) {
+        return NULL;
+    }
+    if (super.ro_compatible && !o->read_only) {
+        store_error(errp, BALE_STORE_ERROR_UNSUPPORTED,
+                    "a newer feature allows only reading this store");
+        return NULL;
+    }
+    if ((super.incompatible & BALE_INCOMPAT_CORRUPT) && !o->read_only) {
+        store_error(errp, BALE_STORE_ERROR_CORRUPT,
+                    "the store is marked corrupt; open it read-only, or "
+                    "repair it");
+        return NULL;
+    }
+    if (dev->ops->set_geometry) {
+        dev->ops->set_geometry(dev, BALE_SUPER_SIZE, super.page_size);
+    }
+    s = store_new(dev, &super, o);
+    if (s->dev_info.block_size > BALE_BLOCK_SIZE) {
+        store_error(errp, BALE_STORE_ERROR_INVALID,
+                    "the device's blocks of %" PRIu32 " bytes are larger "
+                    "than %u", s->dev_info.block_size, BALE_BLOCK_SIZE);
+        store_free(s);
+        return NULL;
+    }
+    s->corrupt = super.incompatible & BALE_INCOMPAT_CORRUPT;
+    if (!bale_recover(s, errp) || !store_start(s, errp)) {
+        store_free(s);
+        return NULL;
+    }
+    return s;
+}
+
+/* --- close --- */
+
+/* Wait for read-ahead and the release of pages. */
+static void store_quiesce(BaleStore *s)
+{
+    g_mutex_lock(&s->log_lock);
+    while (s->background) {
+        g_cond_wait(&s->log_cond, &s->log_lock);
+    }
+    g_mutex_unlock(&s->log_lock);
+}
+
+bool bale_store_checkpoint(BaleStore *s, GError **errp)
+{
+    bool ok = true;
+
+    store_quiesce(s);
+    g_rw_lock_writer_lock(&s->session_lock);
+    if (store_failed(s)) {
+        ok = store_error(errp, BALE_STORE_ERROR_IO,
+                         "the store has failed before: %s",
+                         g_strerror(-store_failed(s)));
+    } else if (s->session) {
+        ok = bale_checkpoint_write(s, errp);
+    }
+    g_rw_lock_writer_unlock(&s->session_lock);
+    return ok;
+}
+
+bool bale_store_set_read_only(BaleStore *s, bool read_only, GError **errp)
+{
+    if (read_only && !bale_store_checkpoint(s, errp)) {
+        return false;
+    }
+    if (!read_only && s->corrupt) {
+        return store_error(errp, BALE_STORE_ERROR_CORRUPT,
+                           "the store is marked corrupt");
+    }
+    g_rw_lock_writer_lock(&s->session_lock);
+    s->read_only = read_only;
+    s->dev->ops->get_info(s->dev, &s->dev_info);
+    g_rw_lock_writer_unlock(&s->session_lock);
+    return true;
+}
+
+bool bale_store_close(BaleStore *s, GError **errp)
+{
+    g_autoptr(GError) err = NULL;
+    bool ok;
+
+    g_assert(s->image->openers == 0);
+    ok = bale_store_checkpoint(s, &err);
+    if (!ok && !store_failed(s) && bale_log_flush_sync(s) == 0) {
+        /* Not quick to open next time, but nothing is lost. */
+        g_warning("bale: %s; the next open will scan the store",
+                  err->message);
+        ok = true;
+    }
+    if (!ok) {
+        g_propagate_error(errp, g_steal_pointer(&err));
+    }
+    /* The workers may still be in the completion of the last release. */
+    bale_workers_free(s->workers);
+    s->workers = NULL;
+    bale_device_close(s->dev);
+    store_free(s);
+    return ok;
+}
+
+/* --- information --- */
+
+BaleDevice *bale_store_device(BaleStore *s)
+{
+    return s->dev;
+}
+
+void bale_store_get_info(BaleStore *s, BaleStoreInfo *info)
+{
+    g_rw_lock_reader_lock(&s->session_lock);
+    memcpy(info->uuid, s->super.uuid, sizeof(info->uuid));
+    info->version = BALE_FORMAT_VERSION;
+    info->cluster_size = s->cluster_size;
+    info->page_size = s->page_size;
+    info->generation = s->super.generation;
+    info->clean = s->was_clean;
+    info->corrupt = __atomic_load_n(&s->corrupt, __ATOMIC_RELAXED);
+    info->read_only = s->read_only;
+    info->poisoned = store_failed(s);
+    info->recovered_records = s->recovered_records;
+    info->torn_bytes = s->torn_bytes;
+    info->damaged_records = s->damaged_records;
+    g_rw_lock_reader_unlock(&s->session_lock);
+}
+
+static void stats_histogram(const BaleHistogram *hist, uint64_t *out)
+{
+    for (unsigned i = 0; i < BALE_HIST_BUCKETS; i++) {
+        /* Bucket i + 1 of the histogram counts [2^i, 2^(i+1)). */
+        out[i] = bale_histogram_bucket(hist, i + 1);
+    }
+    out[0] += bale_histogram_bucket(hist, 0);
+}
+
+void bale_store_get_stats(BaleStore *s, BaleStoreStats *stats)
+{
+    BaleIndexStats index;
+
+    bale_index_get_stats(s->image->index, &index);
+    g_mutex_lock(&s->log_lock);
+    *stats = s->stats;
+    for (uint64_t i = 0; i < s->pages->len; i++) {
+        BalePage *p = bale_page(s, i);
+
+        stats->live_bytes += p->live_bytes;
+        stats->used_bytes += p->end;
+        switch ((BalePageState)p->state) {
+        case BALE_PAGE_FREE:
+            stats->pages_free++;
+            break;
+        case BALE_PAGE_ACTIVE:
+            stats->pages_active++;
+            break;
+        case BALE_PAGE_SEALED:
+            stats->pages_sealed++;
+            break;
+        default:
+            stats->pages_freeing++;
+            break;
+        }
+    }
+    stats->write_buffers = s->buffers->len;
+    g_mutex_unlock(&s->log_lock);
+    stats->index_entries = index.keys;
+    stats->index_bytes = index.bytes;
+    stats_histogram(&s->read_hist, stats->read_ns);
+    stats_histogram(&s->write_hist, stats->write_ns);
+    stats_histogram(&s->flush_hist, stats->flush_ns);
+}
+
+void bale_store_reset_stats(BaleStore *s)
+{
+    g_mutex_lock(&s->log_lock);
+    memset(&s->stats, 0, sizeof(s->stats));
+    g_mutex_unlock(&s->log_lock);
+    bale_histogram_reset(&s->read_hist);
+    bale_histogram_reset(&s->write_hist);
+    bale_histogram_reset(&s->flush_hist);
+}

@@ -1,0 +1,505 @@
+/*
+ * The store against a flat model: what is read is what was written, after any
+ * mixture of requests, after closing and after a kill.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "extstore/device-sim.h"
+#include "extstore/store.h"
+
+#define IMAGE_SIZE (8u << 20)
+#define SECTOR 512u
+
+typedef struct Fixture {
+    BaleSimOptions sim;
+    BaleCreateOptions create;
+    BaleOpenOptions open;
+    BaleDevice *dev; /* owned by store while that is open */
+    BaleStore *store;
+    BaleImage *image;
+} Fixture;
+
+static uint64_t test_seed(void)
+{
+    const char *env = g_getenv("BALE_SEED");
+    uint64_t seed = env ? g_ascii_strtoull(env, NULL, 0)
+                        : (uint64_t)g_get_real_time();
+
+    g_test_message("BALE_SEED=%" G_GUINT64_FORMAT, seed);
+    return seed;
+}
+
+static void fixture_open(Fixture *f, bool read_only)
+{
+    g_autoptr(GError) err = NULL;
+
+    f->open.read_only = read_only;
+    f->store = bale_store_open(f->dev, &f->open, &err);
+    g_assert_no_error(err);
+    g_assert_nonnull(f->store);
+    f->image = bale_image_open(f->store, NULL, &err);
+    g_assert_no_error(err);
+}
+
+static void fixture_init(Fixture *f, BaleCodec codec)
+{
+    g_autoptr(GError) err = NULL;
+
+    memset(f, 0, sizeof(*f));
+    f->create.size = IMAGE_SIZE;
+    f->create.page_size = 2u << 20;
+    f->create.cluster_size = 16384;
+    f->create.codec = codec;
+    f->open.workers = 2;
+    f->open.cache_size = 1u << 20;
+    f->sim.no_history = true;
+    f->dev = bale_sim_new(&f->sim);
+    g_assert_true(bale_store_create(f->dev, &f->create, &err));
+    g_assert_no_error(err);
+    fixture_open(f, false);
+}
+
+/* The contents of the device now, as a new device. */
+static BaleDevice *fixture_copy_device(Fixture *f)
+{
+    g_autoptr(BaleSimImage) image = bale_sim_image(f->dev);
+
+    return bale_sim_new_from_image(image, &f->sim);
+}
+
+static void fixture_close(Fixture *f)
+{
+    g_autoptr(GError) err = NULL;
+
+    bale_image_close(f->image);
+    g_assert_true(bale_store_close(f->store, &err));
+    g_assert_no_error(err);
+    f->dev = NULL;
+}
+
+static void fixture_reopen(Fixture *f)
+{
+    g_autoptr(GError) err = NULL;
+    BaleDevice *dev;
+
+    g_assert_true(bale_store_checkpoint(f->store, &err));
+    g_assert_no_error(err);
+    dev = fixture_copy_device(f);
+    fixture_close(f);
+    f->dev = dev;
+    fixture_open(f, false);
+}
+
+/* As if the process had been killed here: all completed writes are there. */
+static void fixture_kill(Fixture *f)
+{
+    BaleDevice *dev = fixture_copy_device(f);
+
+    fixture_close(f);
+    f->dev = dev;
+    fixture_open(f, false);
+}
+
+static void check_equal(Fixture *f, const uint8_t *model, uint64_t len)
+{
+    g_autofree uint8_t *buf = g_malloc(1u << 20);
+
+    for (uint64_t pos = 0; pos < len; pos += 1u << 20) {
+        uint64_t n = MIN(1u << 20, len - pos);
+
+        g_assert_cmpint(bale_image_read_sync(f->image, pos, buf, n), ==, 0);
+        for (uint64_t i = 0; i < n; i += SECTOR) {
+            if (memcmp(buf + i, model + pos + i, MIN(SECTOR, n - i))) {
+                g_error("sector at %" G_GUINT64_FORMAT " differs", pos + i);
+            }
+        }
+    }
+}
+
+static void check_clean(Fixture *f)
+{
+    g_autoptr(GError) err = NULL;
+    BaleCheckResult result;
+
+    g_assert_true(bale_store_check(f->store, BALE_CHECK_DATA, NULL, NULL,
+                                   &result, &err));
+    g_assert_no_error(err);
+    g_assert_cmpuint(result.damaged, ==, 0);
+    g_assert_cmpuint(result.wrong_counters, ==, 0);
+    g_assert_cmpuint(result.bad_superblocks, ==, 0);
+}
+
+/* Text, noise or zeroes. */
+static void fill_random(GRand *rand, uint8_t *buf, size_t len)
+{
+    int kind = g_rand_int_range(rand, 0, 10);
+    uint8_t base = g_rand_int_range(rand, 1, 250);
+
+    for (size_t i = 0; i < len; i++) {
+        buf[i] = kind == 0  ? 0
+                 : kind < 3 ? g_rand_int_range(rand, 0, 256)
+                            : (int)(base + (i * i / 97) % 5);
+    }
+}
+
+static void test_empty_reads_zeroes(void)
+{
+    g_autofree uint8_t *model = g_malloc0(IMAGE_SIZE);
+    Fixture f;
+
+    fixture_init(&f, BALE_CODEC_ZSTD);
+    check_equal(&f, model, IMAGE_SIZE);
+    fixture_close(&f);
+}
+
+static void test_write_read_reopen(void)
+{
+    g_autofree uint8_t *model = g_malloc0(IMAGE_SIZE);
+    g_autoptr(GRand) rand = g_rand_new_with_seed(1);
+    Fixture f;
+
+    fixture_init(&f, BALE_CODEC_DEFLATE);
+    for (uint64_t pos = 0; pos < IMAGE_SIZE; pos += 65536) {
+        fill_random(rand, model + pos, 65536);
+    }
+    g_assert_cmpint(bale_image_write_sync(f.image, 0, model, IMAGE_SIZE, 0),
+                    ==, 0);
+    check_equal(&f, model, IMAGE_SIZE);
+    fixture_reopen(&f);
+    check_equal(&f, model, IMAGE_SIZE);
+    check_clean(&f);
+    fixture_close(&f);
+}
+
+static void test_kill_after_flush(void)
+{
+    g_autofree uint8_t *model = g_malloc0(IMAGE_SIZE);
+    g_autoptr(GRand) rand = g_rand_new_with_seed(2);
+    BaleStoreInfo info;
+    Fixture f;
+
+    fixture_init(&f, BALE_CODEC_ZSTD);
+    fill_random(rand, model + 100, 300000);
+    g_assert_cmpint(bale_image_write_sync(f.image, 0, model, 400000, 0), ==,
+                    0);
+    g_assert_cmpint(bale_store_flush_sync(f.store), ==, 0);
+    fixture_kill(&f);
+    bale_store_get_info(f.store, &info);
+    g_assert_false(info.clean);
+    g_assert_cmpuint(info.recovered_records, >, 0);
+    g_assert_cmpuint(info.damaged_records, ==, 0);
+    check_equal(&f, model, IMAGE_SIZE);
+    check_clean(&f);
+    fixture_close(&f);
+}
+
+static void test_read_only_writes_nothing(void)
+{
+    g_autoptr(BaleSimImage) before = NULL, after = NULL;
+    g_autofree uint8_t *buf = g_malloc0(IMAGE_SIZE);
+    Fixture f;
+    BaleDevice *dev;
+
+    fixture_init(&f, BALE_CODEC_ZSTD);
+    memset(buf, 7, 100000);
+    g_assert_cmpint(bale_image_write_sync(f.image, 0, buf, 100000, 0), ==, 0);
+    g_assert_cmpint(bale_store_flush_sync(f.store), ==, 0);
+    dev = fixture_copy_device(&f);
+    fixture_close(&f);
+    f.dev = dev;
+    before = bale_sim_image(dev);
+    fixture_open(&f, true);
+    check_equal(&f, buf, IMAGE_SIZE);
+    check_clean(&f);
+    g_assert_cmpint(bale_image_write_sync(f.image, 0, buf, 512, 0), ==,
+                    -EROFS);
+    after = bale_sim_image(f.dev);
+    g_assert_true(bale_sim_image_equal(before, after));
+    fixture_close(&f);
+}
+
+static void test_overwrites_give_space_back(void)
+{
+    g_autofree uint8_t *model = g_malloc0(IMAGE_SIZE);
+    g_autoptr(GRand) rand = g_rand_new_with_seed(3);
+    BaleStoreStats stats;
+    Fixture f;
+
+    fixture_init(&f, BALE_CODEC_NONE);
+    for (int round = 0; round < 10; round++) {
+        for (uint64_t i = 0; i < IMAGE_SIZE; i++) {
+            model[i] = g_rand_int(rand);
+        }
+        g_assert_cmpint(
+            bale_image_write_sync(f.image, 0, model, IMAGE_SIZE, 0), ==, 0);
+        g_assert_cmpint(bale_store_flush_sync(f.store), ==, 0);
+    }
+    fixture_reopen(&f);
+    check_equal(&f, model, IMAGE_SIZE);
+    check_clean(&f);
+    bale_store_get_stats(f.store, &stats);
+    /* Ten times 8 MiB went in; 8 MiB live, and a few pages on their way. */
+    g_assert_cmpuint(stats.used_bytes, <, 4 * IMAGE_SIZE);
+    fixture_close(&f);
+}
+
+static void test_resize(void)
+{
+    g_autofree uint8_t *model = g_malloc0(2 * IMAGE_SIZE);
+    g_autoptr(GError) err = NULL;
+    Fixture f;
+
+    fixture_init(&f, BALE_CODEC_ZSTD);
+    memset(model, 5, IMAGE_SIZE);
+    g_assert_cmpint(bale_image_write_sync(f.image, 0, model, IMAGE_SIZE, 0),
+                    ==, 0);
+    g_assert_true(bale_image_resize(f.image, 1000 * SECTOR, &err));
+    g_assert_cmpuint(bale_image_size(f.image), ==, 1000 * SECTOR);
+    fixture_kill(&f);
+    g_assert_cmpuint(bale_image_size(f.image), ==, 1000 * SECTOR);
+    g_assert_true(bale_image_resize(f.image, 2 * IMAGE_SIZE, &err));
+    memset(model + 1000 * SECTOR, 0, 2 * IMAGE_SIZE - 1000 * SECTOR);
+    check_equal(&f, model, 2 * IMAGE_SIZE);
+    fixture_kill(&f);
+    check_equal(&f, model, 2 * IMAGE_SIZE);
+    fixture_reopen(&f);
+    check_equal(&f, model, 2 * IMAGE_SIZE);
+    check_clean(&f);
+    g_assert_true(bale_image_clear(f.image, &err));
+    memset(model, 0, IMAGE_SIZE);
+    fixture_kill(&f);
+    check_equal(&f, model, 2 * IMAGE_SIZE);
+    fixture_close(&f);
+}
+
+static void test_out_of_range(void)
+{
+    uint8_t buf[512] = { 0 };
+    Fixture f;
+
+    fixture_init(&f, BALE_CODEC_ZSTD);
+    g_assert_cmpint(bale_image_write_sync(f.image, IMAGE_SIZE, buf, 1, 0), ==,
+                    -EINVAL);
+    g_assert_cmpint(bale_image_read_sync(f.image, IMAGE_SIZE - 511, buf, 512),
+                    ==, -EINVAL);
+    g_assert_cmpint(bale_image_read_sync(f.image, UINT64_MAX, buf, 2), ==,
+                    -EINVAL);
+    g_assert_cmpint(bale_image_zero_sync(f.image, 1, IMAGE_SIZE, 0), ==,
+                    -EINVAL);
+    fixture_close(&f);
+}
+
+/* Nothing is lost when the device is full, and discarding makes room. */
+static void test_full(void)
+{
+    g_autofree uint8_t *model = g_malloc0(IMAGE_SIZE);
+    g_autoptr(GRand) rand = g_rand_new_with_seed(4);
+    g_autoptr(GError) err = NULL;
+    uint64_t written = 0;
+    int ret = 0;
+    Fixture f;
+
+    memset(&f, 0, sizeof(f));
+    f.sim.no_history = true;
+    f.sim.max_size = 8u << 20;
+    f.create = (BaleCreateOptions){ .size = IMAGE_SIZE,
+                                    .page_size = 2u << 20,
+                                    .cluster_size = 16384 };
+    f.open.workers = 2;
+    f.dev = bale_sim_new(&f.sim);
+    g_assert_true(bale_store_create(f.dev, &f.create, &err));
+    fixture_open(&f, false);
+    for (uint64_t i = 0; i < IMAGE_SIZE; i++) {
+        model[i] = g_rand_int(rand);
+    }
+    while (written < IMAGE_SIZE && ret == 0) {
+        ret = bale_image_write_sync(f.image, written, model + written, 65536,
+                                    0);
+        written += ret == 0 ? 65536 : 0;
+    }
+    g_assert_cmpint(ret, ==, -ENOSPC);
+    g_assert_cmpuint(written, >, 1u << 20);
+    g_assert_cmpint(bale_store_flush_sync(f.store), ==, 0);
+    check_equal(&f, model, written);
+    fixture_reopen(&f);
+    check_equal(&f, model, written);
+    fixture_close(&f);
+}
+
+static void model_step(Fixture *f, GRand *rand, uint8_t *model, uint8_t *buf)
+{
+    uint64_t size = bale_image_size(f->image);
+    uint64_t len = g_rand_int_range(rand, 0, 4)
+                       ? g_rand_int_range(rand, 1, 20000)
+                       : g_rand_int_range(rand, 1, 600000);
+    uint64_t pos = g_rand_double(rand) * size;
+    int op = g_rand_int_range(rand, 0, 100);
+    int ret = 0;
+
+    if (g_rand_boolean(rand)) {
+        pos &= ~511ull;
+        len = (len + 511) & ~511ull;
+    }
+    len = MIN(len, size - pos);
+    if (op < 45) {
+        fill_random(rand, buf, len);
+        ret = bale_image_write_sync(f->image, pos, buf, len,
+                                    op < 5 ? BALE_FUA : 0);
+        memcpy(model + pos, buf, len);
+    } else if (op < 55) {
+        ret = bale_image_zero_sync(f->image, pos, len,
+                                   op < 50 ? BALE_DISCARD : 0);
+        memset(model + pos, 0, len);
+    } else if (op < 95) {
+        ret = bale_image_read_sync(f->image, pos, buf, len);
+        if (memcmp(buf, model + pos, len)) {
+            g_error("read of %" G_GUINT64_FORMAT " bytes at %"
+                    G_GUINT64_FORMAT " differs", len, pos);
+        }
+    } else if (op < 98) {
+        ret = bale_store_flush_sync(f->store);
+    } else if (op == 98) {
+        g_assert_cmpint(bale_store_flush_sync(f->store), ==, 0);
+        fixture_kill(f);
+    } else {
+        fixture_reopen(f);
+    }
+    g_assert_cmpint(ret, ==, 0);
+}
+
+static void test_model(gconstpointer opaque)
+{
+    g_autofree uint8_t *model = g_malloc0(IMAGE_SIZE);
+    g_autofree uint8_t *buf = g_malloc(IMAGE_SIZE);
+    g_autoptr(GRand) rand = g_rand_new_with_seed(test_seed());
+    int steps = g_test_slow() ? 20000 : 1500;
+    Fixture f;
+
+    fixture_init(&f, GPOINTER_TO_INT(opaque));
+    for (int i = 0; i < steps; i++) {
+        model_step(&f, rand, model, buf);
+    }
+    check_equal(&f, model, IMAGE_SIZE);
+    check_clean(&f);
+    fixture_kill(&f);
+    check_equal(&f, model, IMAGE_SIZE);
+    check_clean(&f);
+    fixture_close(&f);
+}
+
+/* --- many requests at once --- */
+
+typedef struct Flight {
+    Fixture *f;
+    GMutex lock;
+    GCond cond;
+    unsigned under_way;
+} Flight;
+
+typedef struct FlightRequest {
+    Flight *flight;
+    struct iovec iov;
+    uint8_t *expect;
+    uint64_t pos;
+} FlightRequest;
+
+static void flight_done(void *opaque, int ret)
+{
+    FlightRequest *r = opaque;
+    Flight *flight = r->flight;
+
+    g_assert_cmpint(ret, ==, 0);
+    g_free(r->iov.iov_base);
+    g_free(r);
+    g_mutex_lock(&flight->lock);
+    flight->under_way--;
+    g_cond_signal(&flight->cond);
+    g_mutex_unlock(&flight->lock);
+}
+
+/*
+ * Each sector carries its number and a round; writers race, but every sector
+ * must end as one of the values written to it, and disjoint writers must all
+ * be seen.
+ */
+static void test_parallel_partial_writes(void)
+{
+    g_autofree uint8_t *model = g_malloc0(IMAGE_SIZE);
+    g_autoptr(GRand) rand = g_rand_new_with_seed(test_seed());
+    unsigned n = IMAGE_SIZE / 3072;
+    g_autofree unsigned *order = g_new(unsigned, n);
+    Flight flight = { .under_way = 0 };
+    Fixture f;
+
+    fixture_init(&f, BALE_CODEC_DEFLATE);
+    flight.f = &f;
+    g_mutex_init(&flight.lock);
+    g_cond_init(&flight.cond);
+    for (unsigned i = 0; i < n; i++) {
+        order[i] = i;
+    }
+    for (unsigned i = n - 1; i > 0; i--) {
+        unsigned j = g_rand_int_range(rand, 0, i + 1), t = order[i];
+
+        order[i] = order[j];
+        order[j] = t;
+    }
+    for (unsigned i = 0; i < n; i++) {
+        FlightRequest *r = g_new0(FlightRequest, 1);
+
+        r->flight = &flight;
+        r->pos = order[i] * 3072u;
+        r->iov.iov_len = 3072;
+        r->iov.iov_base = g_malloc(3072);
+        for (unsigned k = 0; k < 3072; k++) {
+            ((uint8_t *)r->iov.iov_base)[k] = order[i] * 7 + k / 100;
+        }
+        memcpy(model + r->pos, r->iov.iov_base, 3072);
+        g_mutex_lock(&flight.lock);
+        while (flight.under_way >= 64) {
+            g_cond_wait(&flight.cond, &flight.lock);
+        }
+        flight.under_way++;
+        g_mutex_unlock(&flight.lock);
+        bale_image_write(f.image, r->pos, &r->iov, 1, 0, flight_done, r);
+        if (i % 500 == 0) {
+            g_assert_cmpint(bale_store_flush_sync(f.store), ==, 0);
+        }
+    }
+    g_mutex_lock(&flight.lock);
+    while (flight.under_way) {
+        g_cond_wait(&flight.cond, &flight.lock);
+    }
+    g_mutex_unlock(&flight.lock);
+    check_equal(&f, model, IMAGE_SIZE);
+    check_clean(&f);
+    fixture_close(&f);
+}
+
+int main(int argc, char **argv)
+{
+    g_test_init(&argc, &argv, NULL);
+    g_test_add_func("/store/empty-reads-zeroes", test_empty_reads_zeroes);
+    g_test_add_func("/store/write-read-reopen", test_write_read_reopen);
+    g_test_add_func("/store/kill-after-flush", test_kill_after_flush);
+    g_test_add_func("/store/read-only-writes-nothing",
+                    test_read_only_writes_nothing);
+    g_test_add_func("/store/overwrites-give-space-back",
+                    test_overwrites_give_space_back);
+    g_test_add_func("/store/resize", test_resize);
+    g_test_add_func("/store/out-of-range", test_out_of_range);
+    g_test_add_func("/store/full", test_full);
+    g_test_add_func("/store/parallel-partial-writes",
+                    test_parallel_partial_writes);
+    g_test_add_data_func("/store/model/none",
+                         GINT_TO_POINTER(BALE_CODEC_NONE), test_model);
+    g_test_add_data_func("/store/model/deflate",
+                         GINT_TO_POINTER(BALE_CODEC_DEFLATE), test_model);
+    g_test_add_data_func("/store/model/zstd",
+                         GINT_TO_POINTER(BALE_CODEC_ZSTD), test_model);
+    return g_test_run();
+}
