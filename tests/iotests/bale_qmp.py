@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A QEMU program with a QMP socket, for tests: a few lines of a client."""
+
+import collections
+import json
+import os
+import socket
+import time
+
+from bale_iotests import BALE, Background, wait_until
+
+QMP_TIMEOUT_S = 120
+
+
+class QmpError(Exception):
+    """A command was answered with an error; its description."""
+
+
+class Qemu:
+    """A program with the module; use it as a context manager.
+
+    program: 'qemu-system-x86_64' or 'qemu-storage-daemon'. The socket lies in
+    the current directory.
+    """
+
+    number = 0
+
+    def __init__(self, program, *args):
+        Qemu.number += 1
+        self.path = os.path.abspath(f'qmp{Qemu.number}.sock')
+        if program == 'qemu-storage-daemon':
+            monitor = ['--chardev', f'socket,id=qmp,path={self.path},server=on,'
+                       'wait=off', '--monitor', 'chardev=qmp']
+        else:
+            monitor = ['-machine', 'none', '-nodefaults', '-display', 'none',
+                       '-qmp', f'unix:{self.path},server=on,wait=off']
+        # The monitor first: storage-daemon obeys its options in order
+        self.process = Background(BALE, 'run', program, *monitor, *args)
+        self.events = collections.deque()
+        self.socket = self.stream = None
+
+    def __enter__(self):
+        wait_until(lambda: os.path.exists(self.path) or
+                   not self.process.running(), 'QMP socket')
+        try:
+            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket.settimeout(QMP_TIMEOUT_S)
+            self.connect()
+            self.stream = self.socket.makefile('rw', encoding='utf-8')
+            self.read()
+            self.command('qmp_capabilities')
+        except (OSError, ValueError, AssertionError) as error:
+            self.process.kill()
+            raise AssertionError(
+                f'no QMP: {error}: {self.process.output()}') from error
+        return self
+
+    def connect(self):
+        for _ in range(100):
+            try:
+                return self.socket.connect(self.path)
+            except (ConnectionRefusedError, FileNotFoundError):
+                time.sleep(0.05)
+        raise AssertionError('nobody listens')
+
+    def __exit__(self, *_):
+        try:
+            if self.process.running():
+                self.command('quit')
+                self.process.process.wait(QMP_TIMEOUT_S)
+        except (OSError, ValueError, EOFError):
+            pass
+        finally:
+            self.socket.close()
+            self.process.kill()
+
+    def read(self):
+        line = self.stream.readline()
+        if not line:
+            raise EOFError(self.process.output())
+        return json.loads(line)
+
+    def command(self, name, /, **arguments):
+        """The return value; underscores in names of arguments are dashes."""
+        arguments = {key.replace('_', '-'): value
+                     for key, value in arguments.items()}
+        self.stream.write(json.dumps({'execute': name,
+                                      'arguments': arguments}) + '\n')
+        self.stream.flush()
+        while True:
+            answer = self.read()
+            if 'event' in answer:
+                self.events.append(answer)
+            elif 'error' in answer:
+                raise QmpError(answer['error']['desc'])
+            else:
+                return answer['return']
+
+    def hmp(self, line):
+        return self.command('human-monitor-command', command_line=line)
+
+    def wait_event(self, name, /, **data):
+        """The next event of this name whose data contains these."""
+        while True:
+            while self.events:
+                event = self.events.popleft()
+                if event['event'] == name and all(
+                        event['data'].get(key) == value
+                        for key, value in data.items()):
+                    return event
+            answer = self.read()
+            if 'event' in answer:
+                self.events.append(answer)
+
+    def run_job(self, job):
+        """Waits for a block job that concludes by itself; its error or ''."""
+        while True:
+            event = self.wait_event_of({'BLOCK_JOB_COMPLETED',
+                                        'BLOCK_JOB_READY'}, job)
+            if event['event'] == 'BLOCK_JOB_READY':
+                self.command('block-job-complete', device=job)
+                continue
+            return event['data'].get('error', '')
+
+    def wait_event_of(self, names, device):
+        while True:
+            while self.events:
+                event = self.events.popleft()
+                if event['event'] in names and \
+                        event['data'].get('device') == device:
+                    return event
+            answer = self.read()
+            if 'event' in answer:
+                self.events.append(answer)
