@@ -13,6 +13,13 @@
 /* In the order in which `bale --help` lists them */
 static const BaleCommand *const commands[] = {
     &bale_command_run,
+    &bale_command_create,
+    &bale_command_info,
+    &bale_command_list,
+    &bale_command_check,
+    &bale_command_verify,
+    &bale_command_export,
+    &bale_command_import,
 };
 
 int bale_tool_error(const char *format, ...)

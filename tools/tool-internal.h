@@ -43,5 +43,12 @@ bool bale_tool_parse(const BaleCommand *command, const GOptionEntry *entries,
                      bool posix, int *argc, char ***argv);
 
 extern const BaleCommand bale_command_run;
+extern const BaleCommand bale_command_create;
+extern const BaleCommand bale_command_info;
+extern const BaleCommand bale_command_list;
+extern const BaleCommand bale_command_check;
+extern const BaleCommand bale_command_verify;
+extern const BaleCommand bale_command_export;
+extern const BaleCommand bale_command_import;
 
 #endif
