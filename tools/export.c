@@ -12,13 +12,13 @@
 #include <fcntl.h>
 #include <linux/fs.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "store-internal.h"
-#include "util/memory.h"
 
 #define EXPORT_SLOTS 16
 /* Length of a read, in bytes, unless a cluster is longer */
@@ -103,7 +103,7 @@ static int write_sparse(Export *e, const uint8_t *buf, size_t len,
         return write_all(e, buf, len, offset);
     }
     for (size_t at = 0; at < len; at += EXPORT_HOLE) {
-        if (bale_memory_is_zero(buf + at, MIN(EXPORT_HOLE, len - at))) {
+        if (bale_tool_is_zero(buf + at, MIN(EXPORT_HOLE, len - at))) {
             ret = write_all(e, buf + start, at - start, offset + start);
             if (ret < 0) {
                 return ret;
@@ -291,7 +291,7 @@ static int slots_init(Export *e)
         Slot *slot = &e->slots[i];
 
         slot->export = e;
-        slot->buf = bale_memory_try_alloc(EXPORT_HOLE, len);
+        slot->buf = bale_tool_buffer_new(len);
         if (!slot->buf) {
             return say(e, e->path, "no memory");
         }
@@ -338,7 +338,7 @@ static int export_image(Export *e, bool ignore_backing)
         unlink(e->path);
     }
     for (int i = 0; i < EXPORT_SLOTS; i++) {
-        bale_memory_free(e->slots[i].buf);
+        free(e->slots[i].buf);
     }
     g_async_queue_unref(e->finished);
     g_ptr_array_unref(e->idle);

@@ -14,12 +14,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "store-internal.h"
-#include "util/memory.h"
 
 #define IMPORT_SLOTS 32
 #define IMPORT_READERS_MAX 4
@@ -96,7 +96,7 @@ static bool next_chunk(Import *m, uint64_t *offset, size_t *len)
         start = m->cursor;
         data = lseek(m->fd, m->cursor, SEEK_DATA);
         if (data >= 0) {
-            m->cursor = bale_align_down(data, m->read_len);
+            m->cursor = data - data % m->read_len;
             m->cursor = MAX(m->cursor, start);
         } else if (errno == ENXIO) {
             m->cursor = m->size; /* a hole up to the end */
@@ -141,7 +141,7 @@ static void write_chunk(Import *m, Slot *slot, uint64_t offset, size_t len)
     size_t at;
 
     for (at = 0; at < len; at += m->cluster_size) {
-        bool zero = bale_memory_is_zero(slot->buf + at,
+        bool zero = bale_tool_is_zero(slot->buf + at,
                                         MIN(m->cluster_size, len - at));
         bool last = at + m->cluster_size >= len;
         size_t end = zero ? at : MIN(at + m->cluster_size, len);
@@ -188,7 +188,7 @@ static bool slots_init(Import *m)
 
         slot->import = m;
         slot->iov = g_new0(struct iovec, m->read_len / m->cluster_size);
-        slot->buf = bale_memory_try_alloc(BALE_MEMORY_ALIGN, m->read_len);
+        slot->buf = bale_tool_buffer_new(m->read_len);
         if (!slot->buf) {
             return false;
         }
@@ -227,7 +227,7 @@ static int copy(Import *m, unsigned readers, BaleToolProgress *progress)
 static void import_clear(Import *m)
 {
     for (int i = 0; i < IMPORT_SLOTS; i++) {
-        bale_memory_free(m->slots[i].buf);
+        free(m->slots[i].buf);
         g_free(m->slots[i].iov);
     }
     g_async_queue_unref(m->idle);

@@ -114,6 +114,14 @@ void bale_tool_json_string(JsonBuilder *builder, const char *name,
 /* "1.5 GiB"; owned by the caller. */
 char *bale_tool_size_string(uint64_t bytes);
 
+/* --- memory --- */
+
+/* Fit for every device, or NULL; free(). */
+void *bale_tool_buffer_new(size_t len);
+
+/* True when all @len bytes at @buf are zero; true for no bytes. */
+bool bale_tool_is_zero(const void *buf, size_t len);
+
 /* --- creating --- */
 
 /*

@@ -15,6 +15,8 @@
 
 /* The longest start of a file that probing needs, in bytes */
 #define PROBE_LEN 4096
+/* Enough for O_DIRECT on every device, in bytes */
+#define BUFFER_ALIGN 4096
 
 int bale_tool_file_error(const char *command, const char *name,
                          const char *message)
@@ -371,6 +373,24 @@ char *bale_tool_size_string(uint64_t bytes)
         unit++;
     }
     return g_strdup_printf("%.3g %ciB", value, units[unit]);
+}
+
+/* --- memory --- */
+
+void *bale_tool_buffer_new(size_t len)
+{
+    void *buf;
+
+    return posix_memalign(&buf, BUFFER_ALIGN, len) ? NULL : buf;
+}
+
+bool bale_tool_is_zero(const void *buf, size_t len)
+{
+    const uint8_t *bytes = buf;
+
+    /* Each byte equals the one before it; memcmp() is the fastest loop. */
+    return len == 0 ||
+           (bytes[0] == 0 && !memcmp(bytes, bytes + 1, len - 1));
 }
 
 /* --- creating --- */
