@@ -80,6 +80,7 @@ typedef struct Scan {
     uint8_t *buf;      /* buffer_size bytes */
     size_t buf_len;
     uint64_t window_page, window_begin, window_end; /* what buf holds */
+    BaleImageRecord image_record; /* the newest one applied */
     bool searching;    /* in small steps: read more at once */
     bool lost;         /* clusters were lost that cannot be named */
     int ret;
@@ -487,43 +488,77 @@ static int entry_compare(const void *a, const void *b)
     return x->seq < y->seq ? -1 : x->seq > y->seq;
 }
 
-static int apply_image(Scan *scan, const ScanEntry *e)
+/* Read an image record.  -ENOENT: it is damaged, which has been reported. */
+static int scan_image_record(Scan *scan, const ScanEntry *e,
+                             BaleImageRecord *record)
 {
     BaleStore *s = scan->s;
-    BalePage *p = bale_page(s, e->page);
     const uint8_t *payload;
-    BaleImageRecord record;
     BaleRecord r;
-    uint64_t clusters;
 
     if (scan_record(scan, e->page, e->address - page_address(s, e->page),
                     e->payload_len + BALE_RECORD_HEADER_LEN, &r,
-                    &payload) < 0 ||
-        bale_image_decode(&record, s->cluster_size, payload,
-                          r.payload_len) < 0) {
-        if (scan->ret < 0) {
-            return scan->ret;
-        }
+                    &payload) == 0 &&
+        bale_image_decode(record, s->cluster_size, payload,
+                          r.payload_len) == 0) {
+        return 0;
+    }
+    if (scan->ret == 0 && !scan->lost) {
         recover_report(s, "damaged image record at address %" PRIu64,
                        e->address);
         scan->lost = true;
+    }
+    return scan->ret < 0 ? scan->ret : -ENOENT;
+}
+
+/*
+ * Make the image, as large as it ever was according to the image records that
+ * are left: what older records say is applied before the first of them.
+ */
+static int apply_make_image(Scan *scan)
+{
+    BaleImageRecord largest, record;
+    bool found = false;
+
+    for (guint i = 0; i < scan->entries->len; i++) {
+        ScanEntry *e = &g_array_index(scan->entries, ScanEntry, i);
+        int ret;
+
+        if (e->dropped || e->type != BALE_RECORD_IMAGE) {
+            continue;
+        }
+        ret = scan_image_record(scan, e, &record);
+        if (ret == 0 && (!found || record.size > largest.size)) {
+            largest = record;
+            found = true;
+        } else if (ret < 0 && ret != -ENOENT) {
+            return ret;
+        }
+    }
+    if (!found) {
         return 0;
     }
-    clusters = bale_image_clusters(&record, s->cluster_size);
-    if (!s->image) {
-        s->image = bale_image_new(s, &record, NULL);
-        if (!s->image) {
-            return -ENOMEM;
-        }
-    } else {
-        if (record.size < s->image->record.size) {
-            p->tombstone_seq = MAX(p->tombstone_seq, e->seq);
-            bale_image_index_clear_from(s->image, clusters);
-        }
-        if (bale_image_set_record(s->image, &record) < 0) {
-            return -ENOMEM;
-        }
+    scan->s->image = bale_image_new(scan->s, &largest, NULL);
+    return scan->s->image ? 0 : -ENOMEM;
+}
+
+static int apply_image(Scan *scan, const ScanEntry *e)
+{
+    BaleStore *s = scan->s;
+    BaleImageRecord record;
+    int ret = scan_image_record(scan, e, &record);
+
+    if (ret < 0) {
+        return ret == -ENOENT ? 0 : ret;
     }
+    if (record.size < scan->image_record.size) {
+        BalePage *p = bale_page(s, e->page);
+
+        p->tombstone_seq = MAX(p->tombstone_seq, e->seq);
+    }
+    bale_image_index_clear_from(
+        s->image, bale_image_clusters(&record, s->cluster_size));
+    scan->image_record = record;
     s->image->record_address = e->address;
     return 0;
 }
@@ -562,7 +597,7 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
     case BALE_RECORD_IMAGE:
         return apply_image(scan, e);
     case BALE_RECORD_DATA:
-        if (!image || e->layer != image->record.layer ||
+        if (e->layer != image->record.layer ||
             e->cluster >= bale_image_clusters(&image->record,
                                               s->cluster_size)) {
             return 0;
@@ -576,7 +611,7 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
     case BALE_RECORD_ZERO:
     case BALE_RECORD_DROP:
         p->tombstone_seq = MAX(p->tombstone_seq, e->seq);
-        if (!image || e->layer != image->record.layer) {
+        if (e->layer != image->record.layer) {
             return 0;
         }
         s->recovered_records++;
@@ -618,6 +653,10 @@ static int scan_apply(Scan *scan)
         p->allocated = s->page_size;
     }
     g_array_sort(scan->entries, entry_compare);
+    ret = ret == 0 ? apply_make_image(scan) : ret;
+    if (ret < 0 || !s->image) {
+        return ret;
+    }
     for (guint i = 0; ret == 0 && i < scan->entries->len; i++) {
         ScanEntry *e = &g_array_index(scan->entries, ScanEntry, i);
 
@@ -625,7 +664,10 @@ static int scan_apply(Scan *scan)
             ret = apply_entry(scan, e);
         }
     }
-    if (ret == 0 && s->image) {
+    if (ret == 0) {
+        ret = bale_image_set_record(s->image, &scan->image_record);
+    }
+    if (ret == 0) {
         bale_index_foreach(s->image->index, count_live, s);
         bale_page_live_add(s, s->image->record_address,
                            BALE_RECORD_HEADER_LEN);

@@ -94,7 +94,7 @@ static void fixture_reopen(Fixture *f)
     fixture_open(f, false);
 }
 
-/* As if the process had been killed here: all completed writes are there. */
+/* As if the process had been killed here: what was flushed is there. */
 static void fixture_kill(Fixture *f)
 {
     BaleDevice *dev = fixture_copy_device(f);
@@ -385,6 +385,7 @@ static void test_model(gconstpointer opaque)
     }
     check_equal(&f, model, IMAGE_SIZE);
     check_clean(&f);
+    g_assert_cmpint(bale_store_flush_sync(f.store), ==, 0);
     fixture_kill(&f);
     check_equal(&f, model, IMAGE_SIZE);
     check_clean(&f);
