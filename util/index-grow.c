@@ -68,6 +68,7 @@ static unsigned chain_freeze(Bucket *b, uint64_t *entries)
         for (unsigned i = 0; i < BUCKET_SLOTS; i++) {
             uint64_t word = atomic_fetch_or(&b->slot[i], FROZEN);
 
+            BALE_INDEX_PAUSE();
             assert(!(word & FROZEN));
             if (entry_live(word)) {
                 assert(n < SPAN_MAX);
@@ -133,6 +134,8 @@ static Bucket *chain_place(Table *t, Bucket *b, const uint64_t *entries,
 
         for (unsigned i = 0; i < BUCKET_SLOTS && n > 0; i++) {
             uint64_t empty = 0;
+
+            BALE_INDEX_PAUSE();
 
             if (atomic_load(&b->slot[i]) == 0 &&
                 atomic_compare_exchange_strong(&b->slot[i], &empty,
@@ -218,6 +221,7 @@ static bool bucket_move(BaleIndex *index, Table *t, Table *next, uint64_t i)
             reserved = chain_place(next, &next->buckets[target + 1],
                                    entries + low, n - low, reserved);
         }
+        BALE_INDEX_PAUSE();
         atomic_fetch_or(&from->link, LINK_DONE);
         count(&index->entries_moved, n);
     } else {

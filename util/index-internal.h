@@ -172,6 +172,14 @@ struct BaleIndex {
  */
 extern atomic_long bale_index_test_allocations;
 
+/*
+ * For tests: a place where another thread may come in between.  The stress test
+ * compiles the files of the index with a definition that lets that happen.
+ */
+#ifndef BALE_INDEX_PAUSE
+#define BALE_INDEX_PAUSE() ((void)0)
+#endif
+
 static inline void count(Word *counter, uint64_t n)
 {
     atomic_fetch_add_explicit(counter, n, memory_order_relaxed);

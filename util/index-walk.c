@@ -35,6 +35,7 @@ static void chain_collect(Table *t, Bucket *b, uint64_t low, uint64_t high,
             uint64_t tag = entry_tag(word);
             Pair pair = { base + tag, word & VALUE_MASK };
 
+            BALE_INDEX_PAUSE();
             if (entry_live(word) && pair.hash >= low && pair.hash < high &&
                 !(seen[tag / 64] >> (tag % 64) & 1)) {
                 seen[tag / 64] |= UINT64_C(1) << (tag % 64);
@@ -56,13 +57,10 @@ static void table_collect(Table *t, uint64_t low, uint64_t high, GArray *pairs)
         uint64_t i = hash_bucket(t, low);
         uint64_t end = MIN((i + 1) * table_span(t), high);
         Bucket *b = &t->buckets[i];
-        guint before = pairs->len;
 
         if (!(atomic_load(&b->link) & LINK_DONE)) {
             chain_collect(t, b, low, end, pairs);
-        }
-        if (atomic_load(&b->link) & LINK_DONE) {
-            g_array_set_size(pairs, before);
+        } else {
             table_collect(atomic_load(&t->next), low, end, pairs);
         }
         low = end;

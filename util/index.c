@@ -48,8 +48,9 @@
  *
  * Moving a bucket freezes its entries and links one by one; from then on
  * updates fail and wait until the bucket is done.  Then the entries are copied
- * and the bucket is marked done.  Readers do not wait: what they read is true
- * if the bucket was not done after they had read it (7, 8).
+ * and the bucket is marked done.  Readers do not wait: the bucket was not done
+ * when they came to it, and what it holds from then on was true at some moment
+ * since, because a bucket keeps the last truth when it is done (7, 8).
  *
  * Threads: finding is wait-free but for following a move.  Changing is
  * lock-free, except that a change to the very bucket on the move waits for the
@@ -235,8 +236,12 @@ typedef enum InsertResult {
 static InsertResult insert_decide(BaleIndex *index, Bucket *head, Word *slot,
                                   uint64_t word)
 {
-    bool twin = chain_has_twin(head, entry_tag(word), slot);
     uint64_t expected = word | TENTATIVE;
+    bool twin;
+
+    BALE_INDEX_PAUSE();
+    twin = chain_has_twin(head, entry_tag(word), slot);
+    BALE_INDEX_PAUSE();
 
     if (twin) {
         count(&index->insert_conflicts, 1);
@@ -479,22 +484,17 @@ uint64_t bale_index_find(BaleIndex *index, uint64_t key)
     Segment *segment = index_segment(index, key, false);
     uint64_t hash = mix(index, key);
     BaleEpochToken token;
-    uint64_t word;
+    uint64_t word, tag;
     Bucket *b;
+    Table *t;
 
     if (!segment) {
         return 0;
     }
     token = bale_epoch_enter(index->epoch);
-    do {
-        uint64_t tag;
-        Table *t;
-
-        b = segment_bucket(segment, hash, &t, &tag);
-        word = chain_find(b, tag);
-        /* An entry not frozen was true when it was read; else look again. */
-    } while ((word == 0 || (word & FROZEN)) &&
-             (atomic_load(&b->link) & LINK_DONE));
+    b = segment_bucket(segment, hash, &t, &tag);
+    BALE_INDEX_PAUSE();
+    word = chain_find(b, tag);
     bale_epoch_exit(index->epoch, token);
     return word & VALUE_MASK;
 }
@@ -539,6 +539,7 @@ static int index_exchange(BaleIndex *index, uint64_t key, bool always,
             chain_wait(index, b);
             continue;
         }
+        BALE_INDEX_PAUSE();
         value = result == SCAN_FOUND ? scan.word & VALUE_MASK : 0;
         if (!always && value != expected) {
             *found = value;
