@@ -32,9 +32,9 @@
 static void index_pause(void);
 #define BALE_INDEX_PAUSE() index_pause()
 
-#include "../../util/index-table.c"
-#include "../../util/index-grow.c"
-#include "../../util/index-walk.c"
+#include "index-table.c"
+#include "index-grow.c"
+#include "index-walk.c"
 #include "index.c"
 
 #define OWNERS 2
