@@ -101,8 +101,10 @@ static void test_checksum_is_the_one_on_disk(void)
     static const char text[] = "a cluster of a disk, and then some more bytes";
 
     g_assert_cmphex(bale_checksum(text, 0, 0), ==, 0x2d06800538d394c2ULL);
-    g_assert_cmphex(bale_checksum(text, sizeof(text) - 1, 0), ==, 0x84859d3ffa1d3333ULL);
-    g_assert_cmphex(bale_checksum(text, sizeof(text) - 1, 42), ==, 0xacec217c65a31ff8ULL);
+    g_assert_cmphex(bale_checksum(text, sizeof(text) - 1, 0), ==,
+                    0x84859d3ffa1d3333ULL);
+    g_assert_cmphex(bale_checksum(text, sizeof(text) - 1, 42), ==,
+                    0xacec217c65a31ff8ULL);
 }
 
 int main(int argc, char **argv)
