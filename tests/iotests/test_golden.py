@@ -1,0 +1,114 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""
+Golden images: stores that an engine wrote once (tests/images/make-images) are
+read alike, for ever, by the engine of today and by the independent reader; and
+those that are wrong are refused with the same words.
+"""
+
+import hashlib
+import json
+import lzma
+import os
+
+import bale_iotests
+from bale_iotests import bale, run
+
+IMAGES = os.path.join(bale_iotests.TOP, 'tests/images')
+READER = os.path.join(bale_iotests.TOP, 'scripts/bale-reader.py')
+
+with open(os.path.join(IMAGES, 'golden.json')) as _file:
+    GOLDEN = json.load(_file)
+
+
+def digest(path):
+    with open(path, 'rb') as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+class GoldenTest(bale_iotests.TestCase):
+    def unpack(self, name):
+        with lzma.open(os.path.join(IMAGES, f'{name}.bale.xz')) as file:
+            data = file.read()
+        with open('x.bale', 'wb') as out:
+            for at in range(0, len(data), 4096):
+                block = data[at:at + 4096]
+                if any(block):
+                    out.seek(at)
+                    out.write(block)
+            out.truncate(len(data))
+
+    def check_refused(self, expect):
+        before = digest('x.bale')
+        for command in (('info',), ('check',), ('check', '-r', 'all')):
+            self.assert_one_line_error(bale(*command, 'x.bale'), 'x.bale',
+                                       expect['error'])
+        self.assert_one_line_error(run(READER, 'info', 'x.bale'), 'x.bale',
+                                   expect['error'])
+        self.assertEqual(digest('x.bale'), before)
+
+    def check_status(self, command, expect):
+        """A missing status is 0; null is any but that of not opening."""
+        status = expect.get(command, 0)
+        result = bale(command, 'x.bale')
+        if status is None:
+            self.assertIn(result.status, (0, 2, 3), str(result))
+        else:
+            self.assertEqual(result.status, status, str(result))
+
+    def check_extract(self, name, expect, command, statuses, out):
+        result = run(*command)
+        self.assertIn(result.status, statuses, str(result))
+        self.assertEqual(os.stat(out).st_size, expect['size'])
+        self.assertEqual(digest(out), expect['sha256'],
+                         f'{name}: {result}')
+
+    def check_read(self, name, expect):
+        before = digest('x.bale')
+        info = json.loads(bale('info', '--json', 'x.bale', check=0).out)
+        self.assertEqual(info['clean'], expect.get('clean', True))
+        self.assertEqual(info['corrupt'], expect.get('corrupt', False))
+        image = info['images'][0]
+        self.assertEqual(image['size'], expect['size'])
+        for key in ('backing-file', 'backing-format'):
+            self.assertEqual(image.get(key), expect.get(key))
+        self.check_both(name, expect)
+        self.check_status('check', expect)
+        self.check_status('verify', expect)
+        self.assertEqual(digest('x.bale'), before)
+
+    def check_both(self, name, expect):
+        """The engine and the reader extract what went in."""
+        lost = 2 if expect.get('lost') else 0
+        self.check_extract(
+            name, expect, [bale_iotests.BALE, 'export', '--salvage',
+                           '--ignore-backing', 'x.bale', 'engine.raw'],
+            [lost], 'engine.raw')
+        # The reader looks at everything and tells also of harmless damage.
+        self.check_extract(
+            name, expect, [READER, 'extract', 'x.bale', 'reader.raw'],
+            [lost, expect.get('reader', lost)], 'reader.raw')
+
+    def check_repaired(self, name, expect):
+        """After a repair, or just a session, everything is as before."""
+        bale('check', '-r', 'all', 'x.bale')
+        self.check_both(name, expect)
+
+
+def add(name, expect):
+    def test(self):
+        self.unpack(name)
+        if 'error' in expect:
+            self.check_refused(expect)
+        else:
+            self.check_read(name, expect)
+            self.check_repaired(name, expect)
+    setattr(GoldenTest, 'test_' + name.replace('-', '_'), test)
+
+
+for _name, _expect in GOLDEN.items():
+    add(_name, _expect)
+
+
+if __name__ == '__main__':
+    bale_iotests.main()
