@@ -67,6 +67,7 @@ typedef struct BDRVBaleState {
     BaleBdrvDevice *dev;
     uint32_t cluster_size;
     bool read_only; /* as the engine was told */
+    bool corrupt;   /* the store was marked so when it was opened */
 
     /* Runtime options, from bdrv_open() on. */
     uint64_t cache_size;
@@ -307,6 +308,7 @@ static int engine_open(BlockDriverState *bs, bool read_only,
     s->image = o.image;
     s->cluster_size = o.image_info.cluster_size;
     s->read_only = read_only;
+    s->corrupt = o.info.corrupt;
     qatomic_set(&s->damage_reports, 0);
     bale_image_set_backing_read(s->image, backing_read, bs);
     if (info) {
@@ -887,11 +889,9 @@ static void bale_refresh_limits(BlockDriverState *bs, Error **errp)
 static int bale_get_info(BlockDriverState *bs, BlockDriverInfo *bdi)
 {
     BDRVBaleState *s = bs->opaque;
-    BaleStoreInfo info;
 
-    bale_store_get_info(s->store, &info);
     bdi->cluster_size = s->cluster_size;
-    bdi->is_dirty = info.corrupt;
+    bdi->is_dirty = s->corrupt;
     return 0;
 }
 

@@ -41,7 +41,7 @@ class ConvertTest(bale_iotests.TestCase):
         self.assertEqual(sha256(self.raw), sha256('d.raw'))
 
     def test_is_smaller_than_the_disk(self):
-        self.there_and_back()
+        self.there_and_back(options=['page_size=2M'])
         data = sum(e['length'] for e in qemu_img_map(self.raw)
                    if e['data'])
         self.assertLess(blocks('disk.bale'), data)

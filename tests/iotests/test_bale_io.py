@@ -258,8 +258,9 @@ class LargeTest(bale_iotests.TestCase):
 
     def test_large_zero_and_discard(self):
         create('t.bale', 1 << 40)
-        io('t.bale', 'write -P 1 100G 1M', 'write -z 0 512G',
-           'read -P 0 100G 1M', 'write -P 2 200G 1M', 'discard 0 512G',
+        io('t.bale', 'write -P 1 100G 1M', 'write -z -n 0 512G',
+           'read -P 0 100G 1M', 'write -P 2 200G 1M')
+        io('t.bale', 'read -P 2 200G 1M', 'discard 199G 2047M',
            'read -P 0 200G 1M')
         check('t.bale')
 
