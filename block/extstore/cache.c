@@ -31,7 +31,7 @@ typedef struct CacheEntry {
 } CacheEntry;
 
 struct BaleCache {
-    GMutex lock;
+    pthread_mutex_t lock;
     uint32_t cluster_size;
     uint64_t entries_max;
     GHashTable *entries; /* &cluster -> CacheEntry */
@@ -50,7 +50,7 @@ BaleCache *bale_cache_new(uint64_t bytes, uint32_t cluster_size)
 {
     BaleCache *cache = g_new0(BaleCache, 1);
 
-    g_mutex_init(&cache->lock);
+    pthread_mutex_init(&cache->lock, NULL);
     cache->cluster_size = cluster_size;
     cache->entries_max = bytes / cluster_size;
     cache->entries = g_hash_table_new_full(g_int64_hash, g_int64_equal, NULL,
@@ -63,7 +63,7 @@ void bale_cache_free(BaleCache *cache)
 {
     if (cache) {
         g_hash_table_destroy(cache->entries);
-        g_mutex_clear(&cache->lock);
+        pthread_mutex_destroy(&cache->lock);
         g_free(cache);
     }
 }
@@ -87,14 +87,14 @@ bool bale_cache_get(BaleCache *cache, uint64_t cluster, uint64_t value,
 {
     CacheEntry *e;
 
-    g_mutex_lock(&cache->lock);
+    pthread_mutex_lock(&cache->lock);
     e = cache_find(cache, cluster, value);
     if (e) {
         memcpy(dst, e->data + offset, len);
         g_queue_unlink(&cache->lru, &e->link);
         g_queue_push_head_link(&cache->lru, &e->link);
     }
-    g_mutex_unlock(&cache->lock);
+    pthread_mutex_unlock(&cache->lock);
     return e;
 }
 
@@ -102,9 +102,9 @@ bool bale_cache_has(BaleCache *cache, uint64_t cluster, uint64_t value)
 {
     bool has;
 
-    g_mutex_lock(&cache->lock);
+    pthread_mutex_lock(&cache->lock);
     has = cache_find(cache, cluster, value);
-    g_mutex_unlock(&cache->lock);
+    pthread_mutex_unlock(&cache->lock);
     return has;
 }
 
@@ -138,7 +138,7 @@ void bale_cache_put(BaleCache *cache, BaleIndex *index, uint64_t cluster,
 {
     CacheEntry *e;
 
-    g_mutex_lock(&cache->lock);
+    pthread_mutex_lock(&cache->lock);
     e = g_hash_table_lookup(cache->entries, &cluster);
     if (e) {
         cache_remove(cache, e);
@@ -154,25 +154,25 @@ void bale_cache_put(BaleCache *cache, BaleIndex *index, uint64_t cluster,
             g_queue_push_head_link(&cache->lru, &e->link);
         }
     }
-    g_mutex_unlock(&cache->lock);
+    pthread_mutex_unlock(&cache->lock);
 }
 
 void bale_cache_drop(BaleCache *cache, uint64_t cluster)
 {
     CacheEntry *e;
 
-    g_mutex_lock(&cache->lock);
+    pthread_mutex_lock(&cache->lock);
     e = g_hash_table_lookup(cache->entries, &cluster);
     if (e) {
         cache_remove(cache, e);
     }
-    g_mutex_unlock(&cache->lock);
+    pthread_mutex_unlock(&cache->lock);
 }
 
 void bale_cache_drop_all(BaleCache *cache)
 {
-    g_mutex_lock(&cache->lock);
+    pthread_mutex_lock(&cache->lock);
     g_hash_table_remove_all(cache->entries);
     g_queue_init(&cache->lru);
-    g_mutex_unlock(&cache->lock);
+    pthread_mutex_unlock(&cache->lock);
 }

@@ -189,17 +189,17 @@ static bool check_counters(Check *c, BaleImage *image, GError **errp)
     CheckCount count = { .s = s };
     uint64_t n;
 
-    g_rw_lock_writer_lock(&s->session_lock);
+    pthread_rwlock_wrlock(&s->session_lock);
     n = s->pages->len;
     count.live = g_try_new0(uint64_t, n + 1);
     if (!count.live) {
-        g_rw_lock_writer_unlock(&s->session_lock);
+        pthread_rwlock_unlock(&s->session_lock);
         g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_NO_MEMORY,
                     "no memory for a check");
         return false;
     }
     bale_index_foreach(image->index, check_count, &count);
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     c->result->end_offset = BALE_SUPER_SIZE;
     for (uint64_t i = 0; i < n; i++) {
         BalePage *p = bale_page(s, i);
@@ -227,8 +227,8 @@ static bool check_counters(Check *c, BaleImage *image, GError **errp)
             }
         }
     }
-    g_mutex_unlock(&s->log_lock);
-    g_rw_lock_writer_unlock(&s->session_lock);
+    pthread_mutex_unlock(&s->log_lock);
+    pthread_rwlock_unlock(&s->session_lock);
     g_free(count.live);
     if (c->result->wrong_counters) {
         check_finding(c, "%" PRIu64 " pages with a wrong count of live bytes",
@@ -248,9 +248,9 @@ bool bale_store_check(BaleStore *s, unsigned flags, BaleCheckReport *report,
         !s->read_only) {
         bool ok;
 
-        g_rw_lock_writer_lock(&s->session_lock);
+        pthread_rwlock_wrlock(&s->session_lock);
         ok = !store_failed(s) && bale_supers_write(s, NULL);
-        g_rw_lock_writer_unlock(&s->session_lock);
+        pthread_rwlock_unlock(&s->session_lock);
         result->fixed += ok ? result->bad_superblocks : 0;
     }
     return check_counters(&c, s->image, errp) &&

@@ -102,7 +102,7 @@ int bale_session_begin(BaleStore *s)
         return -EIO;
     }
 
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     s->page_count = 0;
     for (uint64_t i = 0; i < s->pages->len; i++) {
         BalePage *p = bale_page(s, i);
@@ -117,7 +117,7 @@ int bale_session_begin(BaleStore *s)
     }
     s->session = true;
     bale_page_consider_all(s);
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
 
     /* Room for metadata first: a full store must still close cleanly. */
     return bale_page_prepare(s, BALE_BUCKET_META, s->buffer_size / 2);
@@ -219,15 +219,15 @@ static int writer_pages_and_root(CheckpointWriter *w, BalePart *root_part)
         return -EFBIG;
     }
     bale_log_seal(s, BALE_BUCKET_META);
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     page = s->active[BALE_BUCKET_META];
     if (page != PAGE_NONE && s->page_size - bale_page(s, page)->end < room) {
-        g_mutex_unlock(&s->log_lock);
+        pthread_mutex_unlock(&s->log_lock);
         bale_log_seal_page(s, BALE_BUCKET_META);
-        g_mutex_lock(&s->log_lock);
+        pthread_mutex_lock(&s->log_lock);
         page = PAGE_NONE;
     }
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
     if (room > s->page_size - BALE_BLOCK_SIZE) {
         return -EFBIG;
     }
@@ -249,7 +249,7 @@ static int writer_pages_and_root(CheckpointWriter *w, BalePart *root_part)
         uint32_t n = MIN(pages - first, BALE_PAGE_ENTRIES_PER_PART);
         BalePart part = { .kind = BALE_PART_PAGES, .a = first, .b = n };
 
-        g_mutex_lock(&s->log_lock);
+        pthread_mutex_lock(&s->log_lock);
         for (uint32_t i = 0; i < n; i++) {
             BalePage *p = bale_page(s, first + i);
             BalePageEntry e = { .bucket = p->bucket };
@@ -267,7 +267,7 @@ static int writer_pages_and_root(CheckpointWriter *w, BalePart *root_part)
             }
             bale_page_entry_encode(&e, buf + i * BALE_PAGE_ENTRY_LEN);
         }
-        g_mutex_unlock(&s->log_lock);
+        pthread_mutex_unlock(&s->log_lock);
         ret = writer_append(w, BALE_RECORD_CHECKPOINT_PART, buf,
                             n * BALE_PAGE_ENTRY_LEN, &part);
         if (ret < 0) {
@@ -297,47 +297,50 @@ static int checkpoint_settle(BaleStore *s)
     for (int i = 0; ret == 0 && i < DYING_FLUSHES_MAX; i++) {
         bool dying;
 
-        g_mutex_lock(&s->log_lock);
+        pthread_mutex_lock(&s->log_lock);
         while (s->release_queued) {
-            g_cond_wait(&s->log_cond, &s->log_lock);
+            pthread_cond_wait(&s->log_cond, &s->log_lock);
         }
         dying = s->dying_pages->len > 0;
-        g_mutex_unlock(&s->log_lock);
+        pthread_mutex_unlock(&s->log_lock);
         if (!dying) {
             break;
         }
         ret = bale_log_flush_sync(s);
     }
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     while (s->release_queued) {
-        g_cond_wait(&s->log_cond, &s->log_lock);
+        pthread_cond_wait(&s->log_cond, &s->log_lock);
     }
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
     return ret;
 }
 
-/* Give back what pages have reserved and not used; returns the device's end. */
+/*
+ * Give back what was reserved and not used; returns the device's end.  Some
+ * devices can only reserve by growing, and so reserve all of a page as soon as
+ * one behind it is used.
+ */
 static uint64_t checkpoint_trim(BaleStore *s)
 {
     uint64_t end = BALE_SUPER_SIZE;
 
     for (uint64_t i = 0; i < s->pages->len; i++) {
-        uint64_t from = 0, to = 0;
-        BalePage *p;
+        BalePage *p = bale_page(s, i);
 
-        g_mutex_lock(&s->log_lock);
-        p = bale_page(s, i);
         if (p->version) {
-            from = p->end;
-            to = p->allocated;
             end = MAX(end, page_address(s, i) + p->end);
-            p->allocated = p->end;
         }
-        g_mutex_unlock(&s->log_lock);
-        if (from < to) {
-            s->dev->ops->release(s->dev, page_address(s, i) + from,
-                                 to - from);
+    }
+    for (uint64_t i = 0; i < s->pages->len; i++) {
+        BalePage *p = bale_page(s, i);
+        uint64_t from = page_address(s, i) + p->end;
+        uint64_t to = MIN(page_address(s, i) + s->page_size, end);
+
+        if (p->version && p->allocated > p->end && from < to) {
+            s->dev->ops->release(s->dev, from, to - from);
         }
+        p->allocated = MIN(p->allocated, p->end);
     }
     if (!s->dev_info.fixed_size && s->dev->ops->truncate) {
         /* A device that stays longer is a pity, not an error. */
@@ -349,14 +352,14 @@ static uint64_t checkpoint_trim(BaleStore *s)
 /* The old checkpoint is not needed any more. */
 static void checkpoint_forget(BaleStore *s, GArray *records)
 {
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     for (guint i = 0; i < records->len; i++) {
         BaleCheckpointRecord *c =
             &g_array_index(records, BaleCheckpointRecord, i);
 
         bale_page_live_sub(s, c->address, c->len);
     }
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
 }
 
 bool bale_checkpoint_write(BaleStore *s, GError **errp)
@@ -384,10 +387,10 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
         bale_log_seal(s, BALE_BUCKET_META);
         part.address = s->image->record_address;
         part.a = record.id;
-        g_mutex_lock(&s->log_lock);
+        pthread_mutex_lock(&s->log_lock);
         bale_address_split(s, part.address, &page, &offset);
         part.version = bale_page(s, page)->version;
-        g_mutex_unlock(&s->log_lock);
+        pthread_mutex_unlock(&s->log_lock);
         part.payload_len = 0;
         g_array_append_val(w.parts, part);
         ret = writer_pages_and_root(&w, &root);
@@ -403,13 +406,13 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
         return super_error(errp, ret, "writing a checkpoint");
     }
 
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     bale_address_split(s, root.address, &page, &offset);
     s->super.checkpoint_end = bale_page(s, page)->end / BALE_BLOCK_SIZE;
     s->super.next_seq = s->next_seq;
     s->stats.checkpoints++;
     s->stats.checkpoint_bytes += w.bytes;
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
     s->super.checkpoint_address = root.address;
     s->super.checkpoint_version = root.version;
     s->super.checkpoint_length = BALE_RECORD_HEADER_LEN + root.payload_len;
@@ -417,9 +420,9 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
     s->super.state |= BALE_STATE_CLEAN;
 
     /* From here on no page may change: the checkpoint describes them. */
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     s->session = false;
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
     if (bale_supers_write(s, errp)) {
         checkpoint_forget(s, s->checkpoint);
         g_array_free(s->checkpoint, TRUE);

@@ -3,8 +3,8 @@
  *
  * A write takes its range of clusters (in order of arrival; requests that
  * share a cluster run one after the other), then goes cluster by cluster to
- * the workers: copy, compress, append to the log, set the index.  A partial
- * cluster first reads what is there.  A read looks clusters up, fetches
+ * the workers: copy, compress, append to the log, set the index.  Partial
+ * clusters go to the mutable region, and to the workers when they leave it.  A read looks clusters up, fetches
  * neighbours on the device with one transfer, and verifies and decompresses
  * on the workers.
  *
@@ -48,6 +48,7 @@ typedef struct ClusterOp ClusterOp;
 
 typedef enum RequestKind {
     REQUEST_READ,
+    REQUEST_READ_STORED, /* one whole cluster, for a write-out */
     REQUEST_READAHEAD,
     REQUEST_WRITE,
     REQUEST_ZERO,
@@ -85,6 +86,11 @@ struct ClusterOp {
     ClusterOp *run_next;
     /* bounce buffer for backing reads; base of a partial write */
     uint8_t *buf;
+    /* reading: what the mutable region held, laid over at the end */
+    uint8_t *over;
+    GArray *runs;
+    /* writing: how much the mutable region has taken */
+    size_t taken;
 };
 
 struct BaleRequest {
@@ -224,7 +230,7 @@ static bool range_acquire(BaleRequest *req)
     BaleImage *image = req->image;
     bool granted;
 
-    g_mutex_lock(&image->range_lock);
+    pthread_mutex_lock(&image->range_lock);
     granted = !range_conflicts(image->ranges_active, NULL, req) &&
               !range_conflicts(image->ranges_waiting, NULL, req);
     if (granted) {
@@ -235,7 +241,7 @@ static bool range_acquire(BaleRequest *req)
         *image->ranges_waiting_tail = req;
         image->ranges_waiting_tail = &req->next;
     }
-    g_mutex_unlock(&image->range_lock);
+    pthread_mutex_unlock(&image->range_lock);
     return granted;
 }
 
@@ -246,7 +252,7 @@ static BaleRequest *range_release(BaleRequest *req)
     BaleRequest **p, *granted[16], *list = NULL;
     unsigned n = 0;
 
-    g_mutex_lock(&image->range_lock);
+    pthread_mutex_lock(&image->range_lock);
     for (p = &image->ranges_active; *p != req; p = &(*p)->next) {
         continue;
     }
@@ -268,7 +274,7 @@ static BaleRequest *range_release(BaleRequest *req)
         image->ranges_active = w;
         granted[n++] = w;
     }
-    g_mutex_unlock(&image->range_lock);
+    pthread_mutex_unlock(&image->range_lock);
     while (n > 0) {
         BaleRequest *w = granted[--n];
 
@@ -287,6 +293,10 @@ static void request_free(BaleRequest *req)
 {
     for (unsigned i = 0; i < req->n; i++) {
         bale_memory_free(req->ops[i].buf);
+        bale_memory_free(req->ops[i].over);
+        if (req->ops[i].runs) {
+            g_array_free(req->ops[i].runs, TRUE);
+        }
     }
     g_free(req);
 }
@@ -298,17 +308,17 @@ static void request_complete(BaleRequest *req, int ret)
 
     if (req->kind == REQUEST_READ) {
         bale_histogram_add(&s->read_hist, ns);
-    } else if (req->kind != REQUEST_READAHEAD) {
+    } else if (req->kind == REQUEST_WRITE || req->kind == REQUEST_ZERO) {
         bale_histogram_add(&s->write_hist, ns);
     }
     if (req->done) {
         req->done(req->opaque, ret);
     }
     if (req->kind == REQUEST_READAHEAD) {
-        g_mutex_lock(&s->log_lock);
+        pthread_mutex_lock(&s->log_lock);
         s->background--;
-        g_cond_broadcast(&s->log_cond);
-        g_mutex_unlock(&s->log_lock);
+        pthread_cond_broadcast(&s->log_cond);
+        pthread_mutex_unlock(&s->log_lock);
     }
     request_free(req);
 }
@@ -336,7 +346,8 @@ static void request_unref(BaleRequest *req)
             write_start(w);
         }
         if (ret == 0 && (req->flags & BALE_FUA)) {
-            bale_log_flush(req->image->store, request_flushed, req);
+            bale_mutable_flush(req->image->mutable_region, request_flushed,
+                               req);
             return;
         }
     }
@@ -351,6 +362,13 @@ static void op_done(ClusterOp *op, int ret)
     if (ret < 0) {
         __atomic_compare_exchange_n(&req->ret, &zero, ret, false,
                                     __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    } else if (op->runs) {
+        for (guint i = 0; i < op->runs->len; i++) {
+            BaleMutableRun *r = &g_array_index(op->runs, BaleMutableRun, i);
+
+            iov_copy(req->iov, req->iovcnt, op->at + r->start,
+                     op->over + r->start, r->len, true);
+        }
     }
     request_unref(req);
 }
@@ -424,10 +442,10 @@ static void run_release(ReadRun *run)
     if (__atomic_sub_fetch(&run->refs, 1, __ATOMIC_ACQ_REL) > 0) {
         return;
     }
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     bale_page(s, run->page)->readers--;
     bale_page_consider(s, run->page);
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
     bale_memory_free(run->io.buf);
     g_free(run);
 }
@@ -502,7 +520,7 @@ static void op_read_work(BaleWork *work, void *context, unsigned worker)
     uint8_t *dst = NULL;
     int ret;
 
-    if (req->kind == REQUEST_READ && op->len == s->cluster_size) {
+    if (req->kind != REQUEST_READAHEAD && op->len == s->cluster_size) {
         dst = iov_piece(req->iov, req->iovcnt, op->at, op->len);
     }
     dst = dst ? dst : wc->cluster;
@@ -536,7 +554,7 @@ static void op_read_work(BaleWork *work, void *context, unsigned worker)
             bale_cache_put(s->cache, image->index, op->cluster, op->value,
                            dst);
         }
-        if (req->kind == REQUEST_READ) {
+        if (req->kind != REQUEST_READAHEAD) {
             iov_copy(req->iov, req->iovcnt, op->at, dst + op->offset,
                      op->len, true);
         }
@@ -653,7 +671,7 @@ static void op_read_backing(ClusterOp *op)
     BaleImage *image = req->image;
     uint8_t *dst;
 
-    if (!image->backing_read) {
+    if (!image->backing_read || req->kind == REQUEST_READ_STORED) {
         iov_copy(req->iov, req->iovcnt, op->at, NULL, op->len, true);
         op_done(op, 0);
         return;
@@ -685,6 +703,17 @@ static void op_read_lookup(ClusterOp *op, ReadRun **runs)
     uint64_t page, offset;
     bool joined = true;
 
+    /* The mutable region first, the index second: see mutable.c. */
+    if (req->kind == REQUEST_READ && !op->runs) {
+        size_t n = bale_mutable_read(image->mutable_region,
+                                     req->offset + op->at, op->len, &op->over,
+                                     &op->runs);
+
+        if (n == SIZE_MAX || n == op->len) {
+            op_done(op, n == SIZE_MAX ? -ENOMEM : 0);
+            return;
+        }
+    }
     op->value = image_find(image, op->cluster);
     if (req->kind == REQUEST_READAHEAD &&
         (!bale_value_class(op->value) ||
@@ -701,7 +730,8 @@ static void op_read_lookup(ClusterOp *op, ReadRun **runs)
         op_done(op, 0);
         return;
     }
-    if (s->cache && req->kind == REQUEST_READ && req->len < READ_LARGE) {
+    if (s->cache && req->kind != REQUEST_READAHEAD &&
+        req->len < READ_LARGE) {
         uint8_t *dst = iov_piece(req->iov, req->iovcnt, op->at, op->len);
 
         if (dst && bale_cache_get(s->cache, op->cluster, op->value,
@@ -713,13 +743,13 @@ static void op_read_lookup(ClusterOp *op, ReadRun **runs)
         stat_add(&s->stats.cache_misses, 1);
     }
 
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     /* While the index points into a page that page is not freed. */
     op->value = image_find(image, op->cluster);
     if (!bale_value_class(op->value) ||
         !bale_address_split(s, bale_value_address(op->value), &page,
                             &offset)) {
-        g_mutex_unlock(&s->log_lock);
+        pthread_mutex_unlock(&s->log_lock);
         if (bale_value_class(op->value)) {
             op_report_damage(op);
             op_done(op, -EIO);
@@ -736,7 +766,7 @@ static void op_read_lookup(ClusterOp *op, ReadRun **runs)
     } else {
         joined = op_join_run(op, page, runs);
     }
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
 
     if (src) {
         stat_add(&s->stats.memory_hits, 1);
@@ -807,9 +837,9 @@ static void image_readahead(BaleImage *image, uint64_t offset, uint64_t len)
         return;
     }
     stat_add(&s->stats.readahead, 1);
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     s->background++;
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
     request_add_clusters(req);
     read_start(req);
 }
@@ -882,10 +912,10 @@ static void image_account_old(BaleImage *image, uint64_t cluster,
         bale_cache_drop(s->cache, cluster);
     }
     if (bale_value_class(old)) {
-        g_mutex_lock(&s->log_lock);
+        pthread_mutex_lock(&s->log_lock);
         bale_page_live_sub(s, bale_value_address(old),
                            bale_value_live(old, s->cluster_size));
-        g_mutex_unlock(&s->log_lock);
+        pthread_mutex_unlock(&s->log_lock);
     }
 }
 
@@ -916,18 +946,18 @@ static int image_write_begin(BaleImage *image)
     int ret;
 
     for (;;) {
-        g_rw_lock_reader_lock(&s->session_lock);
+        pthread_rwlock_rdlock(&s->session_lock);
         if (store_failed(s)) {
-            g_rw_lock_reader_unlock(&s->session_lock);
+            pthread_rwlock_unlock(&s->session_lock);
             return -EIO;
         }
         if (s->session) {
             return 0;
         }
-        g_rw_lock_reader_unlock(&s->session_lock);
-        g_rw_lock_writer_lock(&s->session_lock);
+        pthread_rwlock_unlock(&s->session_lock);
+        pthread_rwlock_wrlock(&s->session_lock);
         ret = bale_session_begin(s);
-        g_rw_lock_writer_unlock(&s->session_lock);
+        pthread_rwlock_unlock(&s->session_lock);
         if (ret < 0) {
             return ret;
         }
@@ -936,12 +966,12 @@ static int image_write_begin(BaleImage *image)
 
 static void image_write_end(BaleImage *image)
 {
-    g_rw_lock_reader_unlock(&image->store->session_lock);
+    pthread_rwlock_unlock(&image->store->session_lock);
 }
 
 /* Append what @data, one cluster, compresses to, and point the index at it. */
-static int image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
-                             uint64_t cluster, const uint8_t *data)
+int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
+                           uint64_t cluster, const uint8_t *data)
 {
     BaleStore *s = image->store;
     BaleRecord r = {
@@ -1016,7 +1046,7 @@ static void op_write_work(BaleWork *work, void *context, unsigned worker)
         /* The last cluster of an image may reach past its size. */
         memset(data + end, 0, req->image->store->cluster_size - end);
     }
-    op_done(op, image_put_cluster(req->image, wc, op->cluster, data));
+    op_done(op, bale_image_put_cluster(req->image, wc, op->cluster, data));
 }
 
 static void op_write_ready(ClusterOp *op)
@@ -1037,31 +1067,75 @@ static void op_base_read(void *opaque, int ret)
     }
 }
 
-/* Read what is in the cluster now; then the op is ready. */
-static void op_read_base(ClusterOp *op)
+/* Read one cluster to @buf, zeroes behind the image's end. */
+static void image_read_cluster(BaleImage *image, RequestKind kind,
+                               uint64_t cluster, uint8_t *buf, BaleDone *done,
+                               void *opaque)
 {
-    BaleImage *image = op->req->image;
     BaleStore *s = image->store;
-    uint32_t len = cluster_len(image, op->cluster);
-    BaleRequest *req;
+    uint32_t len = cluster_len(image, cluster);
+    BaleRequest *req = request_new(image, kind, cluster << s->cluster_bits,
+                                   len, 1, done, opaque);
 
-    op->buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, s->cluster_size);
-    req = op->buf ? request_new(image, REQUEST_READ,
-                                op->cluster << s->cluster_bits, len, 1,
-                                op_base_read, op)
-                  : NULL;
     if (!req) {
-        op_done(op, -ENOMEM);
+        done(opaque, -ENOMEM);
         return;
     }
     stat_add(&s->stats.read_modify_writes, 1);
-    memset(op->buf + len, 0, s->cluster_size - len);
-    req->own_iov.iov_base = op->buf;
+    memset(buf + len, 0, s->cluster_size - len);
+    req->own_iov.iov_base = buf;
     req->own_iov.iov_len = len;
     req->iov = &req->own_iov;
     req->iovcnt = 1;
     request_add_clusters(req);
     read_start(req);
+}
+
+void bale_image_read_stored(BaleImage *image, uint64_t cluster, uint8_t *buf,
+                            BaleDone *done, void *opaque)
+{
+    image_read_cluster(image, REQUEST_READ_STORED, cluster, buf, done,
+                       opaque);
+}
+
+/* Read what is in the cluster now; then the op is ready. */
+static void op_read_base(ClusterOp *op)
+{
+    BaleImage *image = op->req->image;
+
+    op->buf = bale_memory_try_alloc(BALE_BLOCK_SIZE,
+                                    image->store->cluster_size);
+    if (!op->buf) {
+        op_done(op, -ENOMEM);
+        return;
+    }
+    image_read_cluster(image, REQUEST_READ, op->cluster, op->buf,
+                       op_base_read, op);
+}
+
+static void op_write_start(ClusterOp *op);
+
+static void op_write_again(BaleWork *work, void *context, unsigned worker)
+{
+    op_write_start((ClusterOp *)((char *)work - offsetof(ClusterOp, work)));
+}
+
+/* Put a partial write or zero into the mutable region. */
+static void op_write_mutable(ClusterOp *op)
+{
+    BaleRequest *req = op->req;
+    bool zero = req->kind == REQUEST_ZERO;
+    int ret;
+
+    op->work.fn = op_write_again;
+    ret = bale_mutable_put(req->image->mutable_region,
+                           (op->cluster << req->image->store->cluster_bits) +
+                               op->offset,
+                           zero ? NULL : req->iov, zero ? 0 : req->iovcnt,
+                           op->at, op->len, &op->taken, &op->work);
+    if (ret != -EAGAIN) {
+        op_done(op, ret);
+    }
 }
 
 /* Are there clusters of our own in [@first, @first + @count)? */
@@ -1148,22 +1222,45 @@ static void write_start(BaleRequest *req)
     }
     req->pending += req->n;
     for (unsigned i = 0; i < req->n; i++) {
-        ClusterOp *op = &req->ops[i];
-        uint32_t len = cluster_len(image, op->cluster);
-
-        if (op->len == 0) {
-            op->work.fn = op_zero_work;
-            bale_workers_push(s->workers, &op->work, BALE_WORK_NORMAL);
-        } else if (op->offset == 0 && op->len >= len) {
-            op_write_ready(op);
-        } else if (req->kind == REQUEST_ZERO && !image->backing_read &&
-                   !bale_value_class(image_find(image, op->cluster))) {
-            op_done(op, 0); /* zero already */
-        } else {
-            op_read_base(op);
-        }
+        op_write_start(&req->ops[i]);
     }
     request_unref(req);
+}
+
+/* Also called again after waiting for the mutable region. */
+static void op_write_start(ClusterOp *op)
+{
+    BaleRequest *req = op->req;
+    BaleImage *image = req->image;
+    BaleStore *s = image->store;
+    uint64_t begin = op->cluster << s->cluster_bits;
+    bool whole = op->len == 0 || (op->offset == 0 &&
+                                  op->len >= cluster_len(image, op->cluster));
+    bool cached, absent;
+
+    if (whole) {
+        op->work.fn = op_write_again;
+        if (!bale_mutable_claim(image->mutable_region, begin,
+                                op->count << s->cluster_bits, &op->work)) {
+            return;
+        }
+        op->work.fn = op->len == 0 ? op_zero_work : op_write_work;
+        bale_workers_push(s->workers, &op->work, BALE_WORK_NORMAL);
+        return;
+    }
+    cached = op->taken || bale_mutable_cached(image->mutable_region, begin,
+                                              s->cluster_size);
+    absent = !cached && image_find(image, op->cluster) == 0;
+    if (req->kind == REQUEST_ZERO && !cached &&
+        !(absent && image->backing_read) &&
+        !bale_value_class(image_find(image, op->cluster))) {
+        op_done(op, 0); /* zero already */
+    } else if (absent && image->backing_read) {
+        /* What lies under the image may be another thing tomorrow. */
+        op_read_base(op);
+    } else {
+        op_write_mutable(op);
+    }
 }
 
 void bale_image_write(BaleImage *image, uint64_t offset,
@@ -1248,13 +1345,28 @@ void bale_image_zero(BaleImage *image, uint64_t offset, uint64_t len,
 
 void bale_store_flush(BaleStore *store, BaleDone *done, void *opaque)
 {
-    bale_log_flush(store, done, opaque);
+    if (store_failed(store)) {
+        done(opaque, -EIO);
+    } else {
+        bale_mutable_flush(store->image->mutable_region, done, opaque);
+    }
 }
 
 /* --- status --- */
 
-static BaleClusterStatus value_status(uint64_t value)
+/* @dirty_end: nothing at or behind it is in the mutable region. */
+static BaleClusterStatus cluster_status(BaleImage *image, uint64_t cluster,
+                                        uint64_t dirty_end)
 {
+    BaleStore *s = image->store;
+    uint64_t begin = cluster << s->cluster_bits;
+    uint64_t value;
+
+    if (begin < dirty_end && bale_mutable_cached(image->mutable_region, begin,
+                                                 s->cluster_size)) {
+        return BALE_CLUSTER_DATA;
+    }
+    value = image_find(image, cluster);
     return value == 0                ? BALE_CLUSTER_UNALLOCATED
            : bale_value_class(value) ? BALE_CLUSTER_DATA
                                      : BALE_CLUSTER_ZERO;
@@ -1265,18 +1377,20 @@ int bale_image_status(BaleImage *image, uint64_t offset, uint64_t len,
 {
     BaleStore *s = image->store;
     uint64_t c = offset >> s->cluster_bits;
-    uint64_t end;
+    uint64_t end, dirty_end;
 
     if (len == 0 || !request_valid(image, offset, len)) {
         return -EINVAL;
     }
-    *status = value_status(image_find(image, c));
+    dirty_end = bale_mutable_end(image->mutable_region);
+    *status = cluster_status(image, c, dirty_end);
     end = (offset + len + s->cluster_size - 1) >> s->cluster_bits;
     for (c++; c < end; c++) {
         if (*status == BALE_CLUSTER_UNALLOCATED &&
+            c << s->cluster_bits >= dirty_end &&
             !image_chunk_used(image, c)) {
             c |= BALE_CHUNK_CLUSTERS - 1;
-        } else if (value_status(image_find(image, c)) != *status) {
+        } else if (cluster_status(image, c, dirty_end) != *status) {
             break;
         }
     }
@@ -1342,9 +1456,9 @@ int bale_image_set_record(BaleImage *image, const BaleImageRecord *record)
         }
         image->chunks = chunks;
     }
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     image->record = *record;
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
     __atomic_store_n(&image->size, record->size, __ATOMIC_RELEASE);
     return 0;
 }
@@ -1355,9 +1469,10 @@ BaleImage *bale_image_new(BaleStore *s, const BaleImageRecord *record,
     BaleImage *image = g_new0(BaleImage, 1);
 
     image->store = s;
-    g_mutex_init(&image->range_lock);
+    pthread_mutex_init(&image->range_lock, NULL);
     image->ranges_waiting_tail = &image->ranges_waiting;
-    if (bale_image_set_record(image, record) < 0) {
+    image->mutable_region = bale_mutable_new(image);
+    if (!image->mutable_region || bale_image_set_record(image, record) < 0) {
         g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_NO_MEMORY,
                     "no memory for an index of %" PRIu64 " bytes of image",
                     record->size);
@@ -1370,9 +1485,10 @@ BaleImage *bale_image_new(BaleStore *s, const BaleImageRecord *record,
 void bale_image_free(BaleImage *image)
 {
     if (image) {
+        bale_mutable_free(image->mutable_region);
         bale_index_free(image->index);
         g_free(image->chunk_entries);
-        g_mutex_clear(&image->range_lock);
+        pthread_mutex_destroy(&image->range_lock);
         g_free(image);
     }
 }
@@ -1389,7 +1505,7 @@ void bale_image_get_info(BaleImage *image, BaleImageInfo *info)
 
     bale_index_get_stats(image->index, &stats);
     memset(info, 0, sizeof(*info));
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     info->size = image->record.size;
     info->cluster_size = s->cluster_size;
     info->codec = image->record.codec;
@@ -1402,7 +1518,7 @@ void bale_image_get_info(BaleImage *image, BaleImageInfo *info)
     memcpy(info->backing_format, image->record.backing_format,
            sizeof(info->backing_format));
     info->allocated_clusters = stats.keys;
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
 }
 
 void bale_image_set_backing_read(BaleImage *image, BaleBackingRead *read,
@@ -1419,18 +1535,18 @@ BaleImage *bale_image_open(BaleStore *store, const char *name, GError **errp)
                     "no image '%s' in this store", name);
         return NULL;
     }
-    g_mutex_lock(&store->log_lock);
+    pthread_mutex_lock(&store->log_lock);
     store->image->openers++;
-    g_mutex_unlock(&store->log_lock);
+    pthread_mutex_unlock(&store->log_lock);
     return store->image;
 }
 
 void bale_image_close(BaleImage *image)
 {
-    g_mutex_lock(&image->store->log_lock);
+    pthread_mutex_lock(&image->store->log_lock);
     g_assert(image->openers > 0);
     image->openers--;
-    g_mutex_unlock(&image->store->log_lock);
+    pthread_mutex_unlock(&image->store->log_lock);
 }
 
 /* Append @record; session_lock is held. */
@@ -1452,7 +1568,7 @@ int bale_image_record_append(BaleImage *image, const BaleImageRecord *record,
     if (ret < 0) {
         return ret;
     }
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     if (shrinks && bale_address_split(s, address, &page, &offset)) {
         BalePage *p = bale_page(s, page);
 
@@ -1462,7 +1578,7 @@ int bale_image_record_append(BaleImage *image, const BaleImageRecord *record,
         bale_page_live_sub(s, image->record_address, BALE_RECORD_HEADER_LEN);
     }
     image->record_address = address;
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
     return 0;
 }
 
@@ -1483,9 +1599,17 @@ static bool image_change(BaleImage *image, const BaleImageRecord *record,
 {
     BaleStore *s = image->store;
     bool shrinks = record->size < image->record.size;
-    int ret;
+    int ret = bale_store_flush_sync(s);
 
-    g_rw_lock_writer_lock(&s->session_lock);
+    if (ret < 0) {
+        return image_error(errp, ret, what);
+    }
+    if (shrinks) {
+        bale_mutable_discard(image->mutable_region, record->size,
+                             image->record.size - record->size);
+    }
+
+    pthread_rwlock_wrlock(&s->session_lock);
     ret = bale_session_begin(s);
     if (ret == 0) {
         ret = bale_image_record_append(image, record, shrinks);
@@ -1497,7 +1621,7 @@ static bool image_change(BaleImage *image, const BaleImageRecord *record,
     if (ret == 0) {
         ret = bale_image_set_record(image, record);
     }
-    g_rw_lock_writer_unlock(&s->session_lock);
+    pthread_rwlock_unlock(&s->session_lock);
     if (ret == 0) {
         ret = bale_log_flush_sync(s);
     }
@@ -1553,9 +1677,12 @@ bool bale_image_clear(BaleImage *image, GError **errp)
     BaleStore *s = image->store;
     BaleRecord r = { .type = BALE_RECORD_DROP, .layer = image->record.layer };
     uint64_t address;
-    int ret;
+    int ret = bale_store_flush_sync(s);
 
-    g_rw_lock_writer_lock(&s->session_lock);
+    if (ret < 0) {
+        return image_error(errp, ret, "emptying the image");
+    }
+    pthread_rwlock_wrlock(&s->session_lock);
     ret = bale_session_begin(s);
     if (ret == 0) {
         ret = bale_log_append(s, BALE_BUCKET_FRESH, &r, NULL, 0, &address);
@@ -1563,7 +1690,7 @@ bool bale_image_clear(BaleImage *image, GError **errp)
     if (ret == 0) {
         bale_image_index_clear_from(image, 0);
     }
-    g_rw_lock_writer_unlock(&s->session_lock);
+    pthread_rwlock_unlock(&s->session_lock);
     if (ret == 0) {
         ret = bale_log_flush_sync(s);
     }
@@ -1576,7 +1703,7 @@ int bale_image_read_sync(BaleImage *image, uint64_t offset, void *buf,
                          size_t len)
 {
     struct iovec iov = { buf, len };
-    BaleSync sync = { .done = false };
+    BaleSync sync = BALE_SYNC_INIT;
 
     bale_image_read(image, offset, &iov, 1, bale_sync_done, &sync);
     return bale_sync_wait(&sync);
@@ -1586,7 +1713,7 @@ int bale_image_write_sync(BaleImage *image, uint64_t offset, const void *buf,
                           size_t len, unsigned flags)
 {
     struct iovec iov = { (void *)buf, len };
-    BaleSync sync = { .done = false };
+    BaleSync sync = BALE_SYNC_INIT;
 
     bale_image_write(image, offset, &iov, 1, flags, bale_sync_done, &sync);
     return bale_sync_wait(&sync);
@@ -1595,7 +1722,7 @@ int bale_image_write_sync(BaleImage *image, uint64_t offset, const void *buf,
 int bale_image_zero_sync(BaleImage *image, uint64_t offset, uint64_t len,
                          unsigned flags)
 {
-    BaleSync sync = { .done = false };
+    BaleSync sync = BALE_SYNC_INIT;
 
     bale_image_zero(image, offset, len, flags, bale_sync_done, &sync);
     return bale_sync_wait(&sync);
@@ -1603,5 +1730,8 @@ int bale_image_zero_sync(BaleImage *image, uint64_t offset, uint64_t len,
 
 int bale_store_flush_sync(BaleStore *store)
 {
-    return bale_log_flush_sync(store);
+    BaleSync sync = BALE_SYNC_INIT;
+
+    bale_store_flush(store, bale_sync_done, &sync);
+    return bale_sync_wait(&sync);
 }

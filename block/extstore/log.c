@@ -178,7 +178,7 @@ static void buffer_recycle(BaleWriteBuffer *wb)
     wb->len = 0;
     wb->next = s->free_buffers;
     s->free_buffers = wb;
-    g_cond_broadcast(&s->log_cond);
+    pthread_cond_broadcast(&s->log_cond);
 }
 
 /* Begin a segment in @wb at the end of @bucket's active page. */
@@ -330,12 +330,12 @@ void bale_store_poison(BaleStore *s, int err, const char *what)
 
     first = __atomic_compare_exchange_n(&s->failed, &zero, err, false,
                                         __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     waiters = s->flush_waiters;
     s->flush_waiters = NULL;
     s->flush_waiters_tail = &s->flush_waiters;
-    g_cond_broadcast(&s->log_cond);
-    g_mutex_unlock(&s->log_lock);
+    pthread_cond_broadcast(&s->log_cond);
+    pthread_mutex_unlock(&s->log_lock);
 
     if (first && s->options.failed) {
         g_autofree char *reason = g_strdup_printf("%s failed: %s", what,
@@ -360,10 +360,10 @@ static void log_stored(BaleDeviceIo *io, int ret)
     BalePage *p;
     bool flush;
 
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     if (ret < 0) {
         wb->failed = true;
-        g_mutex_unlock(&s->log_lock);
+        pthread_mutex_unlock(&s->log_lock);
         bale_store_poison(s, ret, "writing a segment");
         return;
     }
@@ -385,8 +385,8 @@ static void log_stored(BaleDeviceIo *io, int ret)
         buffer_recycle(wb);
     }
     flush = flush_due(s);
-    g_cond_broadcast(&s->log_cond);
-    g_mutex_unlock(&s->log_lock);
+    pthread_cond_broadcast(&s->log_cond);
+    pthread_mutex_unlock(&s->log_lock);
     if (flush) {
         log_flush_device(s);
     }
@@ -421,7 +421,7 @@ static void log_flushed(BaleDeviceIo *io, int ret)
         bale_store_poison(s, ret, "flushing the device");
         return;
     }
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     g_assert(s->flushing && s->flushing_id >= s->durable_id);
     s->flushing = false;
     s->durable_id = s->flushing_id;
@@ -440,7 +440,7 @@ static void log_flushed(BaleDeviceIo *io, int ret)
         s->flush_waiters_tail = &s->flush_waiters;
     }
     again = flush_due(s);
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
 
     if (again) {
         log_flush_device(s);
@@ -483,7 +483,7 @@ static int log_open_buffer(BaleStore *s, BaleBucket bucket, uint32_t size,
             continue;
         }
         if (s->preparing[bucket]) {
-            g_cond_wait(&s->log_cond, &s->log_lock);
+            pthread_cond_wait(&s->log_cond, &s->log_lock);
             continue;
         }
         if (p && s->page_size - begin < need) {
@@ -506,22 +506,22 @@ static int log_open_buffer(BaleStore *s, BaleBucket bucket, uint32_t size,
             BaleWriteBuffer *list = *submit;
 
             *submit = NULL;
-            g_mutex_unlock(&s->log_lock);
+            pthread_mutex_unlock(&s->log_lock);
             log_submit(s, list);
-            g_mutex_lock(&s->log_lock);
+            pthread_mutex_lock(&s->log_lock);
             continue;
         }
         if (p && p->allocated >= begin + need) {
             s->stats.write_buffers_waits++;
-            g_cond_wait(&s->log_cond, &s->log_lock);
+            pthread_cond_wait(&s->log_cond, &s->log_lock);
             continue;
         }
         s->preparing[bucket] = true;
-        g_mutex_unlock(&s->log_lock);
+        pthread_mutex_unlock(&s->log_lock);
         ret = bale_page_prepare(s, bucket, need);
-        g_mutex_lock(&s->log_lock);
+        pthread_mutex_lock(&s->log_lock);
         s->preparing[bucket] = false;
-        g_cond_broadcast(&s->log_cond);
+        pthread_cond_broadcast(&s->log_cond);
         if (ret < 0) {
             return ret;
         }
@@ -544,10 +544,10 @@ int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
         return -EFBIG;
     }
 
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     ret = log_open_buffer(s, bucket, size, &submit);
     if (ret < 0) {
-        g_mutex_unlock(&s->log_lock);
+        pthread_mutex_unlock(&s->log_lock);
         log_submit(s, submit);
         return ret;
     }
@@ -568,7 +568,7 @@ int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
     g_array_append_val(wb->directory, entry);
     s->stats.records_appended++;
     s->stats.tail_bytes += size;
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
 
     *address = page_address(s, wb->page) + entry.offset;
     if (r->payload_len) {
@@ -577,12 +577,12 @@ int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
     }
     buffer_put_record(wb, r, at);
 
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     wb->writers--;
     if (wb->id && wb->writers == 0) {
         submit_push(&submit, wb);
     }
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
     log_submit(s, submit);
     return 0;
 }
@@ -594,9 +594,9 @@ void bale_log_flush(BaleStore *s, BaleDone *done, void *opaque)
     bool flush, nothing;
 
     stat_add(&s->stats.flushes, 1);
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     if (store_failed(s)) {
-        g_mutex_unlock(&s->log_lock);
+        pthread_mutex_unlock(&s->log_lock);
         done(opaque, -EIO);
         return;
     }
@@ -608,7 +608,7 @@ void bale_log_flush(BaleStore *s, BaleDone *done, void *opaque)
     s->flush_request++;
     if (nothing) {
         s->flushed_request = s->flush_request;
-        g_mutex_unlock(&s->log_lock);
+        pthread_mutex_unlock(&s->log_lock);
         done(opaque, 0);
         return;
     }
@@ -620,7 +620,7 @@ void bale_log_flush(BaleStore *s, BaleDone *done, void *opaque)
     *s->flush_waiters_tail = w;
     s->flush_waiters_tail = &w->next;
     flush = flush_due(s);
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
 
     log_submit(s, submit);
     if (flush) {
@@ -630,7 +630,7 @@ void bale_log_flush(BaleStore *s, BaleDone *done, void *opaque)
 
 int bale_log_flush_sync(BaleStore *s)
 {
-    BaleSync sync = { .done = false };
+    BaleSync sync = BALE_SYNC_INIT;
 
     bale_log_flush(s, bale_sync_done, &sync);
     return bale_sync_wait(&sync);
@@ -640,18 +640,18 @@ void bale_log_seal(BaleStore *s, BaleBucket bucket)
 {
     BaleWriteBuffer *submit = NULL;
 
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     buffer_seal(s, bucket, &submit);
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
     log_submit(s, submit);
 }
 
 void bale_log_seal_page(BaleStore *s, BaleBucket bucket)
 {
     bale_log_seal(s, bucket);
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     page_seal(s, bucket);
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
 }
 
 const uint8_t *bale_log_pin(BaleStore *s, uint64_t address,
@@ -678,17 +678,17 @@ const uint8_t *bale_log_pin(BaleStore *s, uint64_t address,
 
 void bale_log_unpin(BaleStore *s, BaleWriteBuffer *wb)
 {
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     g_assert(wb->pins > 0);
     wb->pins--;
     buffer_recycle(wb);
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
 }
 
 void bale_log_init(BaleStore *s)
 {
-    g_mutex_init(&s->log_lock);
-    g_cond_init(&s->log_cond);
+    pthread_mutex_init(&s->log_lock, NULL);
+    pthread_cond_init(&s->log_cond, NULL);
     s->pages = g_array_new(FALSE, TRUE, sizeof(BalePage));
     s->free_pages = g_array_new(FALSE, FALSE, sizeof(uint64_t));
     s->barrier_pages = g_array_new(FALSE, FALSE, sizeof(uint64_t));
@@ -724,6 +724,6 @@ void bale_log_destroy(BaleStore *s)
     g_array_free(s->dying_pages, TRUE);
     g_queue_clear(&s->in_flight);
     g_queue_clear_full(&s->unproven, g_free);
-    g_mutex_clear(&s->log_lock);
-    g_cond_clear(&s->log_cond);
+    pthread_mutex_destroy(&s->log_lock);
+    pthread_cond_destroy(&s->log_cond);
 }

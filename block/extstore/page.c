@@ -155,7 +155,7 @@ static int page_release_step(BaleStore *s, uint64_t page, const void *zeroes)
     bool zero = bale_page(s, page)->state == BALE_PAGE_ZEROING;
     int ret = 0;
 
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
     if (zero) {
         ret = bale_device_store_sync(s->dev, address, zeroes,
                                      PAGE_ZEROED_LEN);
@@ -163,7 +163,7 @@ static int page_release_step(BaleStore *s, uint64_t page, const void *zeroes)
         /* Space that stays allocated is a pity, not an error. */
         s->dev->ops->release(s->dev, address, s->page_size);
     }
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     if (ret == 0 && zero) {
         bale_page(s, page)->state = BALE_PAGE_ZEROED;
         bale_page(s, page)->free_flush = s->flush_request + 1;
@@ -187,7 +187,7 @@ void bale_page_release_work(BaleWork *work, void *context, unsigned worker)
     int ret = 0;
 
     zeroes = bale_memory_try_alloc0(BALE_BLOCK_SIZE, PAGE_ZEROED_LEN);
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     for (guint i = 0; zeroes && ret == 0 && i < s->dying_pages->len;) {
         uint64_t page = g_array_index(s->dying_pages, uint64_t, i);
         BalePageState state = bale_page(s, page)->state;
@@ -207,15 +207,15 @@ void bale_page_release_work(BaleWork *work, void *context, unsigned worker)
         bale_page_consider_all(s);
     }
     s->release_queued = false;
-    g_cond_broadcast(&s->log_cond);
-    g_mutex_unlock(&s->log_lock);
+    pthread_cond_broadcast(&s->log_cond);
+    pthread_mutex_unlock(&s->log_lock);
     if (ret < 0) {
         bale_store_poison(s, ret, "zeroing the header of a dead page");
     }
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     s->background--;
-    g_cond_broadcast(&s->log_cond);
-    g_mutex_unlock(&s->log_lock);
+    pthread_cond_broadcast(&s->log_cond);
+    pthread_mutex_unlock(&s->log_lock);
 }
 
 void bale_page_flushed(BaleStore *s)
@@ -290,13 +290,13 @@ static int page_prepare_once(BaleStore *s, BaleBucket bucket, uint32_t need)
     BalePage *p;
     int ret;
 
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     page = s->active[bucket];
     fresh = page == PAGE_NONE;
     if (fresh) {
         ret = page_take(s, &page);
         if (ret < 0) {
-            g_mutex_unlock(&s->log_lock);
+            pthread_mutex_unlock(&s->log_lock);
             return ret;
         }
         from = 0;
@@ -308,16 +308,16 @@ static int page_prepare_once(BaleStore *s, BaleBucket bucket, uint32_t need)
         begin = MAX(p->end, BALE_BLOCK_SIZE);
         from = MAX(p->allocated, p->end);
         if (MIN(begin + need, s->page_size) <= from) {
-            g_mutex_unlock(&s->log_lock);
+            pthread_mutex_unlock(&s->log_lock);
             return 0;
         }
         want = MIN(begin + need, s->page_size) - from;
     }
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
 
     ret = page_allocate(s, page, from, want, &allocated);
 
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     if (fresh && (ret < 0 || s->page_count == UINT32_MAX)) {
         g_array_append_val(s->free_pages, page);
         ret = ret < 0 ? ret : -ENOSPC;
@@ -333,7 +333,7 @@ static int page_prepare_once(BaleStore *s, BaleBucket bucket, uint32_t need)
         }
         p->allocated = allocated;
     }
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
     return ret;
 }
 
@@ -348,20 +348,20 @@ int bale_page_prepare(BaleStore *s, BaleBucket bucket, uint32_t need)
     for (int i = 0; i < 2 && ret == -ENOSPC; i++) {
         bool dying;
 
-        g_mutex_lock(&s->log_lock);
+        pthread_mutex_lock(&s->log_lock);
         dying = s->dying_pages->len > 0;
-        g_mutex_unlock(&s->log_lock);
+        pthread_mutex_unlock(&s->log_lock);
         if (!dying || bale_log_flush_sync(s) < 0) {
             break;
         }
-        g_mutex_lock(&s->log_lock);
+        pthread_mutex_lock(&s->log_lock);
         while (s->release_queued) {
             if (bale_workers_threads(s->workers) == 1) {
                 break; /* we may be the one who should do it */
             }
-            g_cond_wait(&s->log_cond, &s->log_lock);
+            pthread_cond_wait(&s->log_cond, &s->log_lock);
         }
-        g_mutex_unlock(&s->log_lock);
+        pthread_mutex_unlock(&s->log_lock);
         ret = page_prepare_once(s, bucket, need);
     }
     return ret;

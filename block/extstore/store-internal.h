@@ -3,6 +3,7 @@
  * whole; this header tells who owns which field.
  *
  *     image.c       requests on clusters: read, write, zero, status
+ *     mutable.c     clusters written in part, on a seqcache
  *     cache.c       decompressed clusters in memory
  *     log.c         appends records to pages through write buffers; flushes
  *     page.c        the page table: allocates, counts, frees pages
@@ -12,7 +13,7 @@
  *     check.c       check and repair
  *
  * Locks, in the order in which they may be taken: session_lock, range_lock,
- * cache lock, log_lock.  No lock is held while the device is called or a
+ * the mutable region's, the cache's, log_lock.  No lock is held while the device is called or a
  * completion runs.  docs/locking.md is the reference.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
@@ -21,6 +22,7 @@
 #define BALE_EXTSTORE_STORE_INTERNAL_H
 
 #include <glib.h>
+#include <pthread.h>
 
 #include "extstore/store.h"
 #include "format.h"
@@ -41,6 +43,7 @@ typedef struct BalePage BalePage;
 typedef struct BaleWriteBuffer BaleWriteBuffer;
 typedef struct BaleFlushWaiter BaleFlushWaiter;
 typedef struct BaleCache BaleCache;
+typedef struct BaleMutable BaleMutable;
 
 /* --- pages (page.c); all fields under log_lock --- */
 
@@ -117,10 +120,11 @@ struct BaleImage {
     BaleBackingRead *backing_read; /* set before requests */
     void *backing_opaque;
 
-    GMutex range_lock;       /* orders writes that share clusters */
+    pthread_mutex_t range_lock;       /* orders writes that share clusters */
     struct BaleRequest *ranges_active;
     struct BaleRequest *ranges_waiting, **ranges_waiting_tail;
 
+    BaleMutable *mutable_region;
     uint64_t size;           /* atomic copy of record.size */
     uint64_t readahead_next[4]; /* atomic: where sequential readers go on */
     unsigned readahead_slot;
@@ -152,7 +156,7 @@ struct BaleStore {
      * Held for reading by whoever appends and updates the index, for writing
      * by a checkpoint.  Guards super and session.
      */
-    GRWLock session_lock;
+    pthread_rwlock_t session_lock;
     BaleSuper super;
     bool session;            /* the superblocks say "not clean" */
     bool read_only;
@@ -162,8 +166,8 @@ struct BaleStore {
     int failed;              /* atomic: 0, or the -errno that poisoned us */
     int corrupt;             /* atomic bool */
 
-    GMutex log_lock;
-    GCond log_cond;          /* a buffer is free, a page opened, progress */
+    pthread_mutex_t log_lock;
+    pthread_cond_t log_cond;          /* a buffer is free, a page opened, progress */
     uint64_t next_seq;
     GArray *pages;           /* BalePage */
     GArray *free_pages;      /* uint64_t, a stack */
@@ -214,15 +218,20 @@ static inline uint64_t page_address(BaleStore *s, uint64_t page)
 }
 
 /*
- * Wait for one completion: BaleSync sync = { .done = false }; pass
+ * Wait for one completion: BaleSync sync = BALE_SYNC_INIT; pass
  * bale_sync_done and &sync; then bale_sync_wait().  (store.c)
  */
 typedef struct BaleSync {
-    GMutex lock;
-    GCond cond;
+    pthread_mutex_t lock;
+    pthread_cond_t cond;
     bool done;
     int ret;
 } BaleSync;
+
+#define BALE_SYNC_INIT                                                       \
+    {                                                                        \
+        PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, false, 0        \
+    }
 
 void bale_sync_done(void *opaque, int ret);
 int bale_sync_wait(BaleSync *sync);
@@ -307,6 +316,52 @@ int bale_image_record_append(BaleImage *image, const BaleImageRecord *record,
 int bale_image_unpack(BaleImage *image, BaleWorkerContext *wc,
                       uint64_t address, uint64_t version, uint64_t cluster,
                       const uint8_t *buf, size_t avail, uint8_t *dst);
+
+/* Append what @data, one cluster, compresses to; on a worker. */
+int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
+                           uint64_t cluster, const uint8_t *data);
+/*
+ * Read what is stored of @cluster, without the mutable region and without what
+ * lies under the image: zeroes if nothing is.
+ */
+void bale_image_read_stored(BaleImage *image, uint64_t cluster, uint8_t *buf,
+                            BaleDone *done, void *opaque);
+
+/* mutable.c */
+typedef struct BaleMutableRun {
+    uint32_t start, len; /* in the range asked for */
+} BaleMutableRun;
+
+BaleMutable *bale_mutable_new(BaleImage *image);
+void bale_mutable_free(BaleMutable *m);
+/*
+ * Take @len bytes that begin @at bytes into @iov (NULL: zeroes), less the
+ * *@done that were taken before.  They lie in one cluster.  -EAGAIN: full;
+ * @retry is pushed to the workers when it makes sense to call again.
+ */
+int bale_mutable_put(BaleMutable *m, uint64_t offset, const struct iovec *iov,
+                     int iovcnt, uint64_t at, size_t len, size_t *done,
+                     BaleWork *retry);
+/*
+ * Forget what is cached of the range, which the caller has locked and will
+ * write.  False: a write-out is under way there; @retry is pushed when it
+ * makes sense to call again.
+ */
+bool bale_mutable_claim(BaleMutable *m, uint64_t offset, uint64_t len,
+                        BaleWork *retry);
+bool bale_mutable_cached(BaleMutable *m, uint64_t offset, uint64_t len);
+/* The offset after the last cached byte; 0 if nothing is cached. */
+uint64_t bale_mutable_end(BaleMutable *m);
+/*
+ * Copy what is cached of the range, which lies in one cluster, to the same
+ * places of *@buf, and list the pieces in *@runs; both are made as needed and
+ * belong to the caller.  The number of bytes; SIZE_MAX: no memory.
+ */
+size_t bale_mutable_read(BaleMutable *m, uint64_t offset, uint32_t len,
+                         uint8_t **buf, GArray **runs);
+/* Write out what was put before, then flush the log. */
+void bale_mutable_flush(BaleMutable *m, BaleDone *done, void *opaque);
+void bale_mutable_discard(BaleMutable *m, uint64_t offset, uint64_t len);
 
 /* cache.c */
 BaleCache *bale_cache_new(uint64_t bytes, uint32_t cluster_size);

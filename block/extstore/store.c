@@ -57,20 +57,20 @@ void bale_sync_done(void *opaque, int ret)
 {
     BaleSync *sync = opaque;
 
-    g_mutex_lock(&sync->lock);
+    pthread_mutex_lock(&sync->lock);
     sync->done = true;
     sync->ret = ret;
-    g_cond_signal(&sync->cond);
-    g_mutex_unlock(&sync->lock);
+    pthread_cond_signal(&sync->cond);
+    pthread_mutex_unlock(&sync->lock);
 }
 
 int bale_sync_wait(BaleSync *sync)
 {
-    g_mutex_lock(&sync->lock);
+    pthread_mutex_lock(&sync->lock);
     while (!sync->done) {
-        g_cond_wait(&sync->cond, &sync->lock);
+        pthread_cond_wait(&sync->cond, &sync->lock);
     }
-    g_mutex_unlock(&sync->lock);
+    pthread_mutex_unlock(&sync->lock);
     return sync->ret;
 }
 
@@ -122,7 +122,7 @@ static void store_free(BaleStore *s)
     bale_epoch_free(s->epoch);
     bale_log_destroy(s);
     g_array_free(s->checkpoint, TRUE);
-    g_rw_lock_clear(&s->session_lock);
+    pthread_rwlock_destroy(&s->session_lock);
     g_free(s);
 }
 
@@ -142,7 +142,7 @@ static BaleStore *store_new(BaleDevice *dev, const BaleSuper *super,
     s->read_only = o->read_only;
     s->epoch = bale_epoch_new();
     s->checkpoint = g_array_new(FALSE, FALSE, sizeof(BaleCheckpointRecord));
-    g_rw_lock_init(&s->session_lock);
+    pthread_rwlock_init(&s->session_lock, NULL);
     bale_log_init(s);
     return s;
 }
@@ -300,9 +300,9 @@ bool bale_store_create(BaleDevice *dev, const BaleCreateOptions *o,
          * before that leaves no store at all, not half of one.
          */
         s->session = true;
-        g_rw_lock_writer_lock(&s->session_lock);
+        pthread_rwlock_wrlock(&s->session_lock);
         ok = bale_checkpoint_write(s, errp);
-        g_rw_lock_writer_unlock(&s->session_lock);
+        pthread_rwlock_unlock(&s->session_lock);
     }
     store_free(s);
     return ok;
@@ -417,19 +417,27 @@ BaleStore *bale_store_open(BaleDevice *dev, const BaleOpenOptions *o,
 /* Wait for read-ahead and the release of pages. */
 static void store_quiesce(BaleStore *s)
 {
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     while (s->background) {
-        g_cond_wait(&s->log_cond, &s->log_lock);
+        pthread_cond_wait(&s->log_cond, &s->log_lock);
     }
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
 }
 
 bool bale_store_checkpoint(BaleStore *s, GError **errp)
 {
     bool ok = true;
+    int ret;
 
+    ret = s->read_only || store_failed(s) ? 0 : bale_store_flush_sync(s);
     store_quiesce(s);
-    g_rw_lock_writer_lock(&s->session_lock);
+    if (ret < 0) {
+        return store_error(errp,
+                           ret == -ENOSPC ? BALE_STORE_ERROR_NO_SPACE
+                                          : BALE_STORE_ERROR_IO,
+                           "flushing the store: %s", g_strerror(-ret));
+    }
+    pthread_rwlock_wrlock(&s->session_lock);
     if (store_failed(s)) {
         ok = store_error(errp, BALE_STORE_ERROR_IO,
                          "the store has failed before: %s",
@@ -437,7 +445,7 @@ bool bale_store_checkpoint(BaleStore *s, GError **errp)
     } else if (s->session) {
         ok = bale_checkpoint_write(s, errp);
     }
-    g_rw_lock_writer_unlock(&s->session_lock);
+    pthread_rwlock_unlock(&s->session_lock);
     return ok;
 }
 
@@ -450,10 +458,10 @@ bool bale_store_set_read_only(BaleStore *s, bool read_only, GError **errp)
         return store_error(errp, BALE_STORE_ERROR_CORRUPT,
                            "the store is marked corrupt");
     }
-    g_rw_lock_writer_lock(&s->session_lock);
+    pthread_rwlock_wrlock(&s->session_lock);
     s->read_only = read_only;
     s->dev->ops->get_info(s->dev, &s->dev_info);
-    g_rw_lock_writer_unlock(&s->session_lock);
+    pthread_rwlock_unlock(&s->session_lock);
     return true;
 }
 
@@ -464,7 +472,8 @@ bool bale_store_close(BaleStore *s, GError **errp)
 
     g_assert(s->image->openers == 0);
     ok = bale_store_checkpoint(s, &err);
-    if (!ok && !store_failed(s) && bale_log_flush_sync(s) == 0) {
+    store_quiesce(s);
+    if (!ok && !store_failed(s) && bale_store_flush_sync(s) == 0) {
         /* Not quick to open next time, but nothing is lost. */
         g_warning("bale: %s; the next open will scan the store",
                   err->message);
@@ -490,7 +499,7 @@ BaleDevice *bale_store_device(BaleStore *s)
 
 void bale_store_get_info(BaleStore *s, BaleStoreInfo *info)
 {
-    g_rw_lock_reader_lock(&s->session_lock);
+    pthread_rwlock_rdlock(&s->session_lock);
     memcpy(info->uuid, s->super.uuid, sizeof(info->uuid));
     info->version = BALE_FORMAT_VERSION;
     info->cluster_size = s->cluster_size;
@@ -503,7 +512,7 @@ void bale_store_get_info(BaleStore *s, BaleStoreInfo *info)
     info->recovered_records = s->recovered_records;
     info->torn_bytes = s->torn_bytes;
     info->damaged_records = s->damaged_records;
-    g_rw_lock_reader_unlock(&s->session_lock);
+    pthread_rwlock_unlock(&s->session_lock);
 }
 
 static void stats_histogram(const BaleHistogram *hist, uint64_t *out)
@@ -520,7 +529,7 @@ void bale_store_get_stats(BaleStore *s, BaleStoreStats *stats)
     BaleIndexStats index;
 
     bale_index_get_stats(s->image->index, &index);
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     *stats = s->stats;
     for (uint64_t i = 0; i < s->pages->len; i++) {
         BalePage *p = bale_page(s, i);
@@ -543,7 +552,7 @@ void bale_store_get_stats(BaleStore *s, BaleStoreStats *stats)
         }
     }
     stats->write_buffers = s->buffers->len;
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
     stats->index_entries = index.keys;
     stats->index_bytes = index.bytes;
     stats_histogram(&s->read_hist, stats->read_ns);
@@ -553,9 +562,9 @@ void bale_store_get_stats(BaleStore *s, BaleStoreStats *stats)
 
 void bale_store_reset_stats(BaleStore *s)
 {
-    g_mutex_lock(&s->log_lock);
+    pthread_mutex_lock(&s->log_lock);
     memset(&s->stats, 0, sizeof(s->stats));
-    g_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&s->log_lock);
     bale_histogram_reset(&s->read_hist);
     bale_histogram_reset(&s->write_hist);
     bale_histogram_reset(&s->flush_hist);
