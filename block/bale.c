@@ -73,8 +73,9 @@ typedef struct BDRVBaleState {
     uint64_t cache_size;
     unsigned workers;
 
-    /* The notices' names for this node: it may be gone when they are told. */
+    /* For notices, which may be told when the node is gone. */
     char *node_name;
+    char *filename; /* of the file that the store is in */
     int damage_reports; /* atomic */
 } BDRVBaleState;
 
@@ -101,6 +102,7 @@ BaleImage *bale_bs_image(BlockDriverState *bs)
 
 typedef struct BaleNotice {
     char *node_name;
+    char *filename;
     char *text;
     bool damage;
     bool last;
@@ -111,17 +113,18 @@ static void notice_bh(void *opaque)
     BaleNotice *n = opaque;
 
     if (n->damage) {
-        error_report("bale: node '%s': %s%s", n->node_name, n->text,
+        error_report("bale: '%s': %s%s", n->filename, n->text,
                      n->last ? " (no more such reports for this node)" : "");
         qapi_event_send_block_image_corrupted("", true, n->node_name, n->text,
                                               false, 0, false, 0, false);
     } else {
-        error_report("bale: node '%s': %s; it takes no more writes until it "
-                     "was closed and opened again", n->node_name, n->text);
+        error_report("bale: '%s': %s; it takes no more writes until it was "
+                     "closed and opened again", n->filename, n->text);
         qapi_event_send_block_image_corrupted("", true, n->node_name, n->text,
                                               false, 0, false, 0, true);
     }
     g_free(n->node_name);
+    g_free(n->filename);
     g_free(n->text);
     g_free(n);
 }
@@ -132,6 +135,7 @@ static void notice_send(BDRVBaleState *s, const char *text, bool damage,
     BaleNotice *n = g_new0(BaleNotice, 1);
 
     n->node_name = g_strdup(s->node_name);
+    n->filename = g_strdup(s->filename);
     n->text = g_strdup(text);
     n->damage = damage;
     n->last = last;
@@ -469,10 +473,13 @@ static int bale_open(BlockDriverState *bs, QDict *options, int flags,
     }
 
     s->node_name = g_strdup(bdrv_get_node_name(bs));
+    s->filename = g_strdup(bs->file->bs->filename[0] ?
+                           bs->file->bs->filename : s->node_name);
     ret = engine_open(bs, !(flags & BDRV_O_RDWR) || (flags & BDRV_O_INACTIVE),
                       &info, errp);
     if (ret < 0) {
         g_free(s->node_name);
+        g_free(s->filename);
         return ret;
     }
 
@@ -491,9 +498,10 @@ static void bale_close(BlockDriverState *bs)
     Error *err = NULL;
 
     if (engine_close(bs, &err) < 0) {
-        error_reportf_err(err, "bale: node '%s': closing: ", s->node_name);
+        error_reportf_err(err, "bale: '%s': closing: ", s->filename);
     }
     g_free(s->node_name);
+    g_free(s->filename);
 }
 
 static int bale_inactivate(BlockDriverState *bs)
@@ -502,8 +510,9 @@ static int bale_inactivate(BlockDriverState *bs)
     int ret = engine_set_read_only(bs, true, &err);
 
     if (ret < 0) {
-        error_reportf_err(err, "bale: node '%s': handing it over: ",
-                          bdrv_get_device_or_node_name(bs));
+        BDRVBaleState *s = bs->opaque;
+
+        error_reportf_err(err, "bale: '%s': handing it over: ", s->filename);
     }
     return ret;
 }
@@ -546,8 +555,9 @@ static void bale_reopen_sync(BlockDriverState *bs, int flags)
     bool read_only = !(flags & BDRV_O_RDWR) || (flags & BDRV_O_INACTIVE);
 
     if (engine_set_read_only(bs, read_only, &err) < 0) {
-        error_reportf_err(err, "bale: node '%s': reopening: ",
-                          bdrv_get_device_or_node_name(bs));
+        BDRVBaleState *s = bs->opaque;
+
+        error_reportf_err(err, "bale: '%s': reopening: ", s->filename);
     }
 }
 
