@@ -1182,6 +1182,8 @@ def check_page_table(store, state):
                 store.problem(f'page {page.number}: in use, but free in the '
                               'page table')
             continue
+        if page.state == 'free' and entry['live'] == 0:
+            continue            # released after the checkpoint
         if entry['version'] != page.version:
             store.problem(f'page {page.number}: version {page.version}, but '
                           f'{entry["version"]} in the page table')
