@@ -174,8 +174,7 @@ static bool check_count(uint64_t cluster, uint64_t value, void *opaque)
     CheckCount *count = opaque;
     uint64_t page, offset;
 
-    if (bale_value_class(value) &&
-        bale_address_split(count->s, bale_value_address(value), &page,
+    if (bale_address_split(count->s, bale_value_address(value), &page,
                            &offset)) {
         count->live[page] += bale_value_live(value, count->s->cluster_size);
     }

@@ -196,6 +196,27 @@ static int writer_index(CheckpointWriter *w, BaleImage *image)
     return 0;
 }
 
+/* A page whose header is zero already is as good as free. */
+static bool checkpoint_page_used(const BalePage *p)
+{
+    return p->state != BALE_PAGE_FREE && p->state != BALE_PAGE_ZEROED &&
+           p->state != BALE_PAGE_RELEASING;
+}
+
+/* One more than the last page in use: the device is cut behind that. */
+static uint64_t checkpoint_pages(BaleStore *s)
+{
+    uint64_t n;
+
+    pthread_mutex_lock(&s->log_lock);
+    n = s->pages->len;
+    while (n > 0 && !checkpoint_page_used(bale_page(s, n - 1))) {
+        n--;
+    }
+    pthread_mutex_unlock(&s->log_lock);
+    return n;
+}
+
 /*
  * Page table and root, into one page, whose end the superblock tells: it is
  * not known yet when the table is written.
@@ -236,8 +257,8 @@ static int writer_pages_and_root(CheckpointWriter *w, BalePart *root_part)
         if (ret < 0) {
             return ret;
         }
-        pages = s->pages->len; /* that page may be a new one */
     }
+    pages = checkpoint_pages(s);
 
     buf = g_try_malloc(MAX(root_len + BALE_PART_LEN,
                            BALE_PAGE_ENTRIES_PER_PART * BALE_PAGE_ENTRY_LEN));
@@ -254,9 +275,7 @@ static int writer_pages_and_root(CheckpointWriter *w, BalePart *root_part)
             BalePage *p = bale_page(s, first + i);
             BalePageEntry e = { .bucket = p->bucket };
 
-            /* A page whose header is zero already is as good as free. */
-            if (p->state != BALE_PAGE_FREE && p->state != BALE_PAGE_ZEROED &&
-                p->state != BALE_PAGE_RELEASING) {
+            if (checkpoint_page_used(p)) {
                 e.version = p->version;
                 e.open = p->state == BALE_PAGE_ACTIVE;
                 e.end = p->end;

@@ -488,11 +488,15 @@ static void flush_now(AioDevice *aio)
     if (aio->file.read_only || aio->flush_error) {
         return;
     }
-    /* EINTR too: what it did not write is nobody's guess, so never again. */
+    /*
+     * Also when it was interrupted: nobody knows what it has written.  And an
+     * errno that invites to try again would be bad advice.
+     */
     ret = fdatasync(aio->file.fd) < 0 ? -errno : 0;
     ret = (int)bale_fault_hook(BALE_FAULT_SYNC, 0, 0, ret);
     if (ret < 0) {
-        aio->flush_error = ret;
+        aio->flush_error =
+            ret == -EINTR || ret == -EAGAIN ? -EIO : ret;
     }
 }
 

@@ -560,8 +560,6 @@ static int release_locked(BaleFile *file, uint64_t offset, uint64_t len)
     len = MIN(len, (uint64_t)size - offset);
     if (file->is_block) {
         ret = release_block_range(file, offset, len);
-    } else if (offset + len == (uint64_t)size) {
-        return file_ftruncate(file, offset);
     } else {
         ret = file_fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                              offset, len);

@@ -543,13 +543,8 @@ static int release_locked(SimDevice *sim, uint64_t offset, uint64_t len)
     if (ret < 0 || len == 0 || offset >= sim->live.size) {
         return ret;
     }
-    if (len >= sim->live.size - offset && !sim->options.fixed_size) {
-        /* At the end a file is cut, as the aio device does. */
-        change_locked(sim, BALE_SIM_OP_TRUNCATE, 0, offset);
-    } else {
-        change_locked(sim, BALE_SIM_OP_RELEASE, offset,
-                      MIN(len, sim->live.size - offset));
-    }
+    change_locked(sim, BALE_SIM_OP_RELEASE, offset,
+                  MIN(len, sim->live.size - offset));
     return 0;
 }
 

@@ -911,7 +911,7 @@ static void image_account_old(BaleImage *image, uint64_t cluster,
     if (s->cache) {
         bale_cache_drop(s->cache, cluster);
     }
-    if (bale_value_class(old)) {
+    if (old) {
         pthread_mutex_lock(&s->log_lock);
         bale_page_live_sub(s, bale_value_address(old),
                            bale_value_live(old, s->cluster_size));
@@ -980,7 +980,7 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
         .cluster = cluster,
     };
     const void *payload = NULL;
-    uint64_t address, value, live = 0, old;
+    uint64_t address, value, live, old;
     unsigned size_class = 0;
     ssize_t n;
     int ret;
@@ -1001,11 +1001,11 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
         r.payload_len = n ? n : s->cluster_size;
         payload = n ? wc->packed : data;
         size_class = bale_size_class(r.payload_len, s->cluster_size);
-        live = bale_value_live(bale_value(0, size_class), s->cluster_size);
         if (!n) {
             stat_add(&s->stats.incompressible, 1);
         }
     }
+    live = bale_value_live(bale_value(0, size_class), s->cluster_size);
 
     ret = image_write_begin(image);
     if (ret < 0) {
@@ -1024,6 +1024,7 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
         stat_add(&s->stats.stored_bytes, bale_record_size(&r));
     }
     image_write_end(image);
+    bale_epoch_poll(s->epoch); /* one load, unless the index has grown */
     return ret;
 }
 
@@ -1163,15 +1164,22 @@ static int image_put_range(BaleImage *image, BaleRecordType type,
         .cluster = first,
         .count = count,
     };
-    uint64_t address, value, old;
+    uint64_t address, value, old, live, c;
+    bool appended;
     int ret = image_write_begin(image);
 
     if (ret < 0) {
         return ret;
     }
-    ret = bale_log_append(s, BALE_BUCKET_FRESH, &r, NULL, 0, &address);
+    /* Each cluster that points at a zero record keeps it alive. */
+    live = type == BALE_RECORD_ZERO
+               ? bale_value_live(bale_value(0, 0), s->cluster_size)
+               : 0;
+    ret = bale_log_append(s, BALE_BUCKET_FRESH, &r, NULL, live * count,
+                          &address);
+    appended = ret == 0;
     value = type == BALE_RECORD_ZERO ? bale_value(address, 0) : 0;
-    for (uint64_t c = first; ret == 0 && c < first + count; c++) {
+    for (c = first; ret == 0 && c < first + count; c++) {
         if (!value && !image_chunk_used(image, c)) {
             c |= BALE_CHUNK_CLUSTERS - 1; /* nothing to drop here */
             continue;
@@ -1179,7 +1187,14 @@ static int image_put_range(BaleImage *image, BaleRecordType type,
         ret = bale_image_index_set(image, c, value, &old);
         if (ret == 0 && old) {
             image_account_old(image, c, old);
+        } else if (ret < 0) {
+            c--; /* this one does not point at it */
         }
+    }
+    if (ret < 0 && live && appended) {
+        pthread_mutex_lock(&s->log_lock);
+        bale_page_live_sub(s, address, live * (first + count - c));
+        pthread_mutex_unlock(&s->log_lock);
     }
     stat_add(&s->stats.zero_records, 1);
     image_write_end(image);

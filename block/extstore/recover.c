@@ -252,6 +252,15 @@ static int scan_segment(Scan *scan, uint64_t page, uint64_t offset,
     out->entries = 0;
     out->kind = SEGMENT_GOOD;
     g_array_append_vals(scan->barriers, segment->barrier, segment->barriers);
+    for (uint32_t i = 0; i < segment->barriers; i++) {
+        /* Between two checkpoints a device only grows. */
+        if (segment->barrier[i].page >= scan->pages &&
+            r.seq >= scan->s->super.next_seq && !scan->lost) {
+            recover_report(scan->s, "page %" PRIu64 " lies behind the end of "
+                           "the device", segment->barrier[i].page);
+            scan->lost = true;
+        }
+    }
     ret = scan_record(scan, page, segment->directory_offset,
                       offset + segment->segment_len -
                           segment->directory_offset,
@@ -388,8 +397,7 @@ static void scan_apply_barriers(Scan *scan)
         ScanPage *sp;
 
         if (b.page >= scan->pages) {
-            scan->lost = true; /* the device has lost its end */
-            continue;
+            continue; /* it was freed, and cut off at a checkpoint */
         }
         sp = &scan->page[b.page];
         if (!sp->used && sp->header_damaged) {
@@ -625,10 +633,8 @@ static bool count_live(uint64_t cluster, uint64_t value, void *opaque)
 {
     BaleStore *s = opaque;
 
-    if (bale_value_class(value)) {
-        bale_page_live_add(s, bale_value_address(value),
-                           bale_value_live(value, s->cluster_size));
-    }
+    bale_page_live_add(s, bale_value_address(value),
+                       bale_value_live(value, s->cluster_size));
     return true;
 }
 

@@ -112,8 +112,8 @@ struct BaleDeviceOps {
 
     /*
      * The contents of [@offset, @offset + @len) are not needed any more: give
-     * the space back to the host (punch hole, discard).  At the end of the
-     * device a regular file may be cut.  -ENOTSUP if the device cannot.
+     * the space back to the host (punch hole, discard).  The device keeps its
+     * size.  -ENOTSUP if the device cannot.
      */
     int (*release)(BaleDevice *dev, uint64_t offset, uint64_t len);
 

@@ -33,11 +33,17 @@ static uint64_t test_seed(void)
     return seed;
 }
 
+static void fixture_complain(void *opaque, const char *what)
+{
+    g_error("the store says: %s", what);
+}
+
 static void fixture_open(Fixture *f, bool read_only)
 {
     g_autoptr(GError) err = NULL;
 
     f->open.read_only = read_only;
+    f->open.failed = f->open.damage = fixture_complain;
     f->store = bale_store_open(f->dev, &f->open, &err);
     g_assert_no_error(err);
     g_assert_nonnull(f->store);
