@@ -382,6 +382,14 @@ static bool reap(AioDevice *aio)
         g_assert(n == 0 || n == -EINTR);
         return n < 0;
     }
+    /*
+     * Taking the lock first also tells ThreadSanitizer, which cannot see
+     * through the kernel, that the submitter was here before.
+     */
+    pthread_mutex_lock(&aio->lock);
+    g_assert(aio->in_flight >= (unsigned)n);
+    aio->in_flight -= (unsigned)n;
+    pthread_mutex_unlock(&aio->lock);
     for (int i = 0; i < n; i++) {
         request = (AioRequest *)events[i].obj;
         if (request_step(aio, request, (ssize_t)(long)events[i].res)) {
@@ -391,13 +399,13 @@ static bool reap(AioDevice *aio)
             list_append(&again, request);
         }
     }
-    pthread_mutex_lock(&aio->lock);
-    g_assert(aio->in_flight >= (unsigned)n);
-    aio->in_flight -= (unsigned)n;
-    while ((request = list_take(&again))) {
-        list_prepend(&aio->pending, request);
+    if (again.head) {
+        pthread_mutex_lock(&aio->lock);
+        while ((request = list_take(&again))) {
+            list_prepend(&aio->pending, request);
+        }
+        pthread_mutex_unlock(&aio->lock);
     }
-    pthread_mutex_unlock(&aio->lock);
 
     /* Keep the device busy while the completions run. */
     submit_pending(aio);
