@@ -1170,10 +1170,12 @@ def check_page_table(store, state):
     size = store.sb.cluster_size
     for ranges in state.layers.values():
         for start, end, r in ranges:
-            if r.type == DATA and r.payload_length is not None:
-                bytes_ = 64 + (CLASSES[store.size_class(r.payload_length)]
-                              * size // 256)
-                live[r.page] = live.get(r.page, 0) + bytes_
+            if r.payload_length is None:
+                continue        # damaged
+            number = (store.size_class(r.payload_length) if r.type == DATA
+                      else 0)
+            live[r.page] = (live.get(r.page, 0) + (end - start)
+                            * (64 + CLASSES[number] * size // 256))
     known = {p['page']: p for p in store.page_table}
     for page in store.pages:
         entry = known.get(page.number)

@@ -291,7 +291,7 @@ class Forge:
             return              # tests with those have no checkpoint
         for cluster in range(r['cluster'], r['cluster'] + r['count']):
             old = self.index.pop((layer, cluster), 0)
-            if old & 15:
+            if old:
                 old_page = ((old & ~15) - reader.SUPER_SIZE) // self.page_size
                 self.live[old_page] -= self.live_of(old)
             if kind == reader.DROP:
@@ -300,8 +300,7 @@ class Forge:
                           reader.size_class(len(r['payload']),
                                             self.cluster_size))
             self.index[layer, cluster] = address | size_class
-            if size_class:
-                self.live[page] += self.live_of(size_class)
+            self.live[page] += self.live_of(size_class)
 
     def live_of(self, value):
         return 64 + reader.CLASSES[value & 15] * self.cluster_size // 256
