@@ -41,6 +41,7 @@ class ConvertTest(bale_iotests.TestCase):
         self.assertEqual(sha256(self.raw), sha256('d.raw'))
 
     def test_is_smaller_than_the_disk(self):
+        self.raw = make_raw(self.random, 'disk.raw', 48 * MIB, parts=24)
         self.there_and_back(options=['page_size=2M'])
         data = sum(e['length'] for e in qemu_img_map(self.raw)
                    if e['data'])
@@ -87,6 +88,7 @@ class ConvertTest(bale_iotests.TestCase):
                 self.there_and_back(options=[f'cluster_size={size}'])
 
     def test_small_pages(self):
+        self.raw = make_raw(self.random, 'disk.raw', 48 * MIB, parts=24)
         self.there_and_back(options=['page_size=2M'])
 
     def test_from_qcow2(self):
