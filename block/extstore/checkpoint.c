@@ -17,7 +17,8 @@
  *  3. The records of a checkpoint stay live until the superblocks point at the
  *     next one.
  *
- * Threads: everything here runs with session_lock held for writing.
+ * Threads: everything here runs with session_lock held for writing, and the
+ * maintenance thread, if there is one, paused.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -119,6 +120,10 @@ int bale_session_begin(BaleStore *s)
     bale_page_consider_all(s);
     pthread_mutex_unlock(&s->log_lock);
 
+    ret = bale_maintain_start(s);
+    if (ret < 0) {
+        return ret;
+    }
     /* Room for metadata first: a full store must still close cleanly. */
     return bale_page_prepare(s, BALE_BUCKET_META, s->buffer_size / 2);
 }
@@ -316,10 +321,8 @@ static int checkpoint_settle(BaleStore *s)
     for (int i = 0; ret == 0 && i < DYING_FLUSHES_MAX; i++) {
         bool dying;
 
+        bale_maintain_settle(s);
         pthread_mutex_lock(&s->log_lock);
-        while (s->release_queued) {
-            pthread_cond_wait(&s->log_cond, &s->log_lock);
-        }
         dying = s->dying_pages->len > 0;
         pthread_mutex_unlock(&s->log_lock);
         if (!dying) {
@@ -327,11 +330,7 @@ static int checkpoint_settle(BaleStore *s)
         }
         ret = bale_log_flush_sync(s);
     }
-    pthread_mutex_lock(&s->log_lock);
-    while (s->release_queued) {
-        pthread_cond_wait(&s->log_cond, &s->log_lock);
-    }
-    pthread_mutex_unlock(&s->log_lock);
+    bale_maintain_settle(s);
     return ret;
 }
 

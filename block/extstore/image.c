@@ -172,7 +172,7 @@ static uint8_t *iov_piece(const struct iovec *iov, int iovcnt, uint64_t at,
     return NULL;
 }
 
-static uint64_t image_find(BaleImage *image, uint64_t cluster)
+uint64_t bale_image_find(BaleImage *image, uint64_t cluster)
 {
     /* The index is exchanged when an image outgrows it. */
     BaleEpochToken token = bale_epoch_enter(image->store->epoch);
@@ -535,7 +535,7 @@ static void op_read_work(BaleWork *work, void *context, unsigned worker)
          * A record that was superseded, and whose page was reused, before we
          * could count as its reader is no damage: look again.
          */
-        if (image_find(image, op->cluster) != op->value &&
+        if (bale_image_find(image, op->cluster) != op->value &&
             op->retries++ < READ_RETRIES_MAX) {
             op_read_start(op, &runs);
             return;
@@ -714,7 +714,7 @@ static void op_read_lookup(ClusterOp *op, ReadRun **runs)
             return;
         }
     }
-    op->value = image_find(image, op->cluster);
+    op->value = bale_image_find(image, op->cluster);
     if (req->kind == REQUEST_READAHEAD &&
         (!bale_value_class(op->value) ||
          bale_cache_has(s->cache, op->cluster, op->value))) {
@@ -745,7 +745,7 @@ static void op_read_lookup(ClusterOp *op, ReadRun **runs)
 
     pthread_mutex_lock(&s->log_lock);
     /* While the index points into a page that page is not freed. */
-    op->value = image_find(image, op->cluster);
+    op->value = bale_image_find(image, op->cluster);
     if (!bale_value_class(op->value) ||
         !bale_address_split(s, bale_value_address(op->value), &page,
                             &offset)) {
@@ -919,6 +919,17 @@ static void image_account_old(BaleImage *image, uint64_t cluster,
     }
 }
 
+void bale_image_index_move(BaleImage *image, uint64_t cluster, uint64_t value,
+                           uint64_t copy)
+{
+    uint64_t gone = value;
+
+    if (bale_index_update(image->index, cluster, value, copy, NULL) < 0) {
+        gone = copy; /* somebody was faster: the copy is garbage */
+    }
+    image_account_old(image, cluster, gone);
+}
+
 static bool image_removed(uint64_t cluster, uint64_t value, void *opaque)
 {
     BaleImage *image = opaque;
@@ -939,8 +950,7 @@ void bale_image_index_clear_from(BaleImage *image, uint64_t cluster)
 
 /* --- writing --- */
 
-/* May the caller append now?  0, with session_lock held for reading. */
-static int image_write_begin(BaleImage *image)
+int bale_image_write_begin(BaleImage *image)
 {
     BaleStore *s = image->store;
     int ret;
@@ -964,9 +974,23 @@ static int image_write_begin(BaleImage *image)
     }
 }
 
-static void image_write_end(BaleImage *image)
+void bale_image_write_end(BaleImage *image)
 {
     pthread_rwlock_unlock(&image->store->session_lock);
+}
+
+/* Append to the fresh data; what frees space may use the reserve. */
+static int image_append(BaleStore *s, BaleRecord *r, const void *payload,
+                        uint64_t live, uint64_t *address)
+{
+    int ret = bale_log_append(s, BALE_BUCKET_FRESH, r, payload, live,
+                              address);
+
+    if (ret == -ENOSPC && r->type != BALE_RECORD_DATA) {
+        ret = bale_log_append(s, BALE_BUCKET_COMPACTED, r, payload, live,
+                              address);
+    }
+    return ret;
 }
 
 /* Append what @data, one cluster, compresses to, and point the index at it. */
@@ -1007,11 +1031,11 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
     }
     live = bale_value_live(bale_value(0, size_class), s->cluster_size);
 
-    ret = image_write_begin(image);
+    ret = bale_image_write_begin(image);
     if (ret < 0) {
         return ret;
     }
-    ret = bale_log_append(s, BALE_BUCKET_FRESH, &r, payload, live, &address);
+    ret = image_append(s, &r, payload, live, &address);
     if (ret == 0) {
         value = bale_value(address, size_class);
         ret = bale_image_index_set(image, cluster, value, &old);
@@ -1023,7 +1047,7 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
         stat_add(&s->stats.logical_bytes, s->cluster_size);
         stat_add(&s->stats.stored_bytes, bale_record_size(&r));
     }
-    image_write_end(image);
+    bale_image_write_end(image);
     bale_epoch_poll(s->epoch); /* one load, unless the index has grown */
     return ret;
 }
@@ -1146,7 +1170,7 @@ static bool image_any_cluster(BaleImage *image, uint64_t first,
     for (uint64_t c = first; c < first + count; c++) {
         if (!image_chunk_used(image, c)) {
             c |= BALE_CHUNK_CLUSTERS - 1;
-        } else if (image_find(image, c)) {
+        } else if (bale_image_find(image, c)) {
             return true;
         }
     }
@@ -1166,7 +1190,7 @@ static int image_put_range(BaleImage *image, BaleRecordType type,
     };
     uint64_t address, value, old, live, c;
     bool appended;
-    int ret = image_write_begin(image);
+    int ret = bale_image_write_begin(image);
 
     if (ret < 0) {
         return ret;
@@ -1175,8 +1199,7 @@ static int image_put_range(BaleImage *image, BaleRecordType type,
     live = type == BALE_RECORD_ZERO
                ? bale_value_live(bale_value(0, 0), s->cluster_size)
                : 0;
-    ret = bale_log_append(s, BALE_BUCKET_FRESH, &r, NULL, live * count,
-                          &address);
+    ret = image_append(s, &r, NULL, live * count, &address);
     appended = ret == 0;
     value = type == BALE_RECORD_ZERO ? bale_value(address, 0) : 0;
     for (c = first; ret == 0 && c < first + count; c++) {
@@ -1197,7 +1220,7 @@ static int image_put_range(BaleImage *image, BaleRecordType type,
         pthread_mutex_unlock(&s->log_lock);
     }
     stat_add(&s->stats.zero_records, 1);
-    image_write_end(image);
+    bale_image_write_end(image);
     return ret;
 }
 
@@ -1265,10 +1288,10 @@ static void op_write_start(ClusterOp *op)
     }
     cached = op->taken || bale_mutable_cached(image->mutable_region, begin,
                                               s->cluster_size);
-    absent = !cached && image_find(image, op->cluster) == 0;
+    absent = !cached && bale_image_find(image, op->cluster) == 0;
     if (req->kind == REQUEST_ZERO && !cached &&
         !(absent && image->backing_read) &&
-        !bale_value_class(image_find(image, op->cluster))) {
+        !bale_value_class(bale_image_find(image, op->cluster))) {
         op_done(op, 0); /* zero already */
     } else if (absent && image->backing_read) {
         /* What lies under the image may be another thing tomorrow. */
@@ -1381,7 +1404,7 @@ static BaleClusterStatus cluster_status(BaleImage *image, uint64_t cluster,
                                                  s->cluster_size)) {
         return BALE_CLUSTER_DATA;
     }
-    value = image_find(image, cluster);
+    value = bale_image_find(image, cluster);
     return value == 0                ? BALE_CLUSTER_UNALLOCATED
            : bale_value_class(value) ? BALE_CLUSTER_DATA
                                      : BALE_CLUSTER_ZERO;
@@ -1700,7 +1723,7 @@ bool bale_image_clear(BaleImage *image, GError **errp)
     pthread_rwlock_wrlock(&s->session_lock);
     ret = bale_session_begin(s);
     if (ret == 0) {
-        ret = bale_log_append(s, BALE_BUCKET_FRESH, &r, NULL, 0, &address);
+        ret = image_append(s, &r, NULL, 0, &address);
     }
     if (ret == 0) {
         bale_image_index_clear_from(image, 0);

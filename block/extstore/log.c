@@ -269,6 +269,7 @@ static void page_seal(BaleStore *s, BaleBucket bucket)
         bale_page(s, page)->state = BALE_PAGE_SEALED;
         s->active[bucket] = PAGE_NONE;
         bale_page_consider(s, page);
+        bale_maintain_signal(s, false, true);
     }
 }
 
@@ -563,6 +564,7 @@ int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
         p->tombstone_seq = MAX(p->tombstone_seq, r->seq);
     }
     p->live_bytes += live;
+    p->first_seq = MIN(p->first_seq, r->seq);
     entry.record = *r;
     entry.offset = wb->offset + at;
     g_array_append_val(wb->directory, entry);
@@ -697,7 +699,7 @@ void bale_log_init(BaleStore *s)
     g_queue_init(&s->in_flight);
     g_queue_init(&s->unproven);
     s->flush_waiters_tail = &s->flush_waiters;
-    s->release_work.fn = bale_page_release_work;
+    pthread_cond_init(&s->maintain_cond, NULL);
     for (int b = 0; b < BALE_BUCKETS; b++) {
         s->active[b] = PAGE_NONE;
     }
@@ -726,4 +728,5 @@ void bale_log_destroy(BaleStore *s)
     g_queue_clear_full(&s->unproven, g_free);
     pthread_mutex_destroy(&s->log_lock);
     pthread_cond_destroy(&s->log_cond);
+    pthread_cond_destroy(&s->maintain_cond);
 }

@@ -17,8 +17,8 @@
  * There is no eviction: when no page is free the answer is -ENOSPC.  Pages,
  * buckets by lifetime and live bytes per page follow memcached's extstore.
  *
- * Threads: everything under log_lock, but bale_page_prepare() and the release
- * work, which take it and call the device without it.
+ * Threads: everything under log_lock, but bale_page_prepare(), which takes it
+ * and calls the device without it.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -29,11 +29,11 @@
 
 #include "util/memory.h"
 
-/*
- * What is zeroed of a dead page: its header and the first block of its first
- * segment.  A zero header alone is damage.
- */
-#define PAGE_ZEROED_LEN (2 * BALE_BLOCK_SIZE)
+/* Pages that fresh data may not take, if the device has a few at all. */
+#define RESERVE_PAGES 2u
+#define RESERVE_FROM_PAGES 8u
+/* Flushes that a writer waits for dead pages to become free. */
+#define SPACE_ROUNDS_MAX 8
 
 BalePage *bale_page(BaleStore *s, uint64_t page)
 {
@@ -110,10 +110,15 @@ void bale_page_live_sub(BaleStore *s, uint64_t address, uint64_t bytes)
     if (p->live_bytes == 0) {
         bale_page_consider(s, page);
     }
+    s->garbage_bytes += bytes;
+    if (s->garbage_bytes >= s->page_size) {
+        s->garbage_bytes = 0;
+        bale_maintain_signal(s, false, true);
+    }
 }
 
 /* Does a page other than @page hold records older than @seq? */
-static bool page_older_exists(BaleStore *s, uint64_t page, uint64_t seq)
+bool bale_page_older_exists(BaleStore *s, uint64_t page, uint64_t seq)
 {
     for (uint64_t i = 0; i < s->pages->len; i++) {
         BalePage *p = bale_page(s, i);
@@ -133,7 +138,7 @@ void bale_page_consider(BaleStore *s, uint64_t page)
 
     if (p->state != BALE_PAGE_SEALED || p->live_bytes || p->readers ||
         p->in_flight || !s->session || store_failed(s) ||
-        (p->tombstone_seq && page_older_exists(s, page, p->tombstone_seq))) {
+        (p->tombstone_seq && bale_page_older_exists(s, page, p->tombstone_seq))) {
         return;
     }
     p->state = BALE_PAGE_DEAD;
@@ -146,76 +151,6 @@ void bale_page_consider_all(BaleStore *s)
     for (uint64_t i = 0; i < s->pages->len; i++) {
         bale_page_consider(s, i);
     }
-}
-
-/* One step of the release work on @page; called and returns with the lock. */
-static int page_release_step(BaleStore *s, uint64_t page, const void *zeroes)
-{
-    uint64_t address = page_address(s, page);
-    bool zero = bale_page(s, page)->state == BALE_PAGE_ZEROING;
-    int ret = 0;
-
-    pthread_mutex_unlock(&s->log_lock);
-    if (zero) {
-        ret = bale_device_store_sync(s->dev, address, zeroes,
-                                     PAGE_ZEROED_LEN);
-    } else {
-        /* Space that stays allocated is a pity, not an error. */
-        s->dev->ops->release(s->dev, address, s->page_size);
-    }
-    pthread_mutex_lock(&s->log_lock);
-    if (ret == 0 && zero) {
-        bale_page(s, page)->state = BALE_PAGE_ZEROED;
-        bale_page(s, page)->free_flush = s->flush_request + 1;
-    } else if (ret == 0) {
-        memset(bale_page(s, page), 0, sizeof(BalePage));
-        g_array_append_val(s->free_pages, page);
-    }
-    return ret;
-}
-
-/*
- * Zero the headers of dead pages, and give back the space of those whose
- * zeroed header is durable.  On a worker, because the device may block.
- */
-void bale_page_release_work(BaleWork *work, void *context, unsigned worker)
-{
-    BaleStore *s = (BaleStore *)((char *)work -
-                                 offsetof(BaleStore, release_work));
-    BALE_AUTO_MEMORY uint8_t *zeroes = NULL;
-    bool freed = false;
-    int ret = 0;
-
-    zeroes = bale_memory_try_alloc0(BALE_BLOCK_SIZE, PAGE_ZEROED_LEN);
-    pthread_mutex_lock(&s->log_lock);
-    for (guint i = 0; zeroes && ret == 0 && i < s->dying_pages->len;) {
-        uint64_t page = g_array_index(s->dying_pages, uint64_t, i);
-        BalePageState state = bale_page(s, page)->state;
-
-        if (state == BALE_PAGE_ZEROING || state == BALE_PAGE_RELEASING) {
-            ret = page_release_step(s, page, zeroes);
-        }
-        if (ret == 0 && state == BALE_PAGE_RELEASING) {
-            g_array_remove_index(s->dying_pages, i);
-            freed = true;
-        } else {
-            i++;
-        }
-    }
-    if (freed) {
-        /* What is gone may have been all that a tombstone was kept for. */
-        bale_page_consider_all(s);
-    }
-    s->release_queued = false;
-    pthread_cond_broadcast(&s->log_cond);
-    pthread_mutex_unlock(&s->log_lock);
-    if (ret < 0) {
-        bale_store_poison(s, ret, "zeroing the header of a dead page");
-    }
-    pthread_mutex_lock(&s->log_lock);
-    s->background--;
-    pthread_cond_broadcast(&s->log_cond);
-    pthread_mutex_unlock(&s->log_lock);
 }
 
 void bale_page_flushed(BaleStore *s)
@@ -236,26 +171,32 @@ void bale_page_flushed(BaleStore *s)
         work |= p->state == BALE_PAGE_ZEROING ||
                 p->state == BALE_PAGE_RELEASING;
     }
-    if (work && !s->release_queued && !store_failed(s)) {
-        s->release_queued = true;
-        s->background++;
-        bale_workers_push(s->workers, &s->release_work, BALE_WORK_NORMAL);
+    if (work) {
+        bale_maintain_signal(s, true, false);
     }
 }
 
-/* Take a free page, or a new one at the end of the device. */
-static int page_take(BaleStore *s, uint64_t *page)
+/*
+ * Take a free page, or a new one at the end of the device.  The last ones are
+ * kept for discarding, compacting and closing.
+ */
+static int page_take(BaleStore *s, BaleBucket bucket, uint64_t *page)
 {
     uint64_t n = s->pages->len;
+    uint64_t total = bale_page_device_pages(s);
     int ret;
 
+    if (bucket == BALE_BUCKET_FRESH && total >= RESERVE_FROM_PAGES &&
+        total + s->free_pages->len <= n + RESERVE_PAGES) {
+        return -ENOSPC;
+    }
     if (s->free_pages->len) {
         *page = g_array_index(s->free_pages, uint64_t,
                               s->free_pages->len - 1);
         g_array_set_size(s->free_pages, s->free_pages->len - 1);
         return 0;
     }
-    if (n >= bale_page_device_pages(s)) {
+    if (n >= total) {
         return -ENOSPC;
     }
     ret = bale_page_table_grow(s, n + 1);
@@ -294,7 +235,7 @@ static int page_prepare_once(BaleStore *s, BaleBucket bucket, uint32_t need)
     page = s->active[bucket];
     fresh = page == PAGE_NONE;
     if (fresh) {
-        ret = page_take(s, &page);
+        ret = page_take(s, bucket, &page);
         if (ret < 0) {
             pthread_mutex_unlock(&s->log_lock);
             return ret;
@@ -341,27 +282,10 @@ int bale_page_prepare(BaleStore *s, BaleBucket bucket, uint32_t need)
 {
     int ret = page_prepare_once(s, bucket, need);
 
-    /*
-     * Dead pages need two flushes to become free.  A writer that would
-     * otherwise see a full store can wait for them.
-     */
-    for (int i = 0; i < 2 && ret == -ENOSPC; i++) {
-        bool dying;
-
-        pthread_mutex_lock(&s->log_lock);
-        dying = s->dying_pages->len > 0;
-        pthread_mutex_unlock(&s->log_lock);
-        if (!dying || bale_log_flush_sync(s) < 0) {
-            break;
-        }
-        pthread_mutex_lock(&s->log_lock);
-        while (s->release_queued) {
-            if (bale_workers_threads(s->workers) == 1) {
-                break; /* we may be the one who should do it */
-            }
-            pthread_cond_wait(&s->log_cond, &s->log_lock);
-        }
-        pthread_mutex_unlock(&s->log_lock);
+    /* A writer who would see a full store waits for garbage to go. */
+    for (int i = 0; i < SPACE_ROUNDS_MAX && ret == -ENOSPC &&
+                    bucket == BALE_BUCKET_FRESH &&
+                    bale_maintain_wait_space(s); i++) {
         ret = page_prepare_once(s, bucket, need);
     }
     return ret;

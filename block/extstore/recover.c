@@ -601,6 +601,7 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
     BalePage *p = bale_page(s, e->page);
 
     s->next_seq = MAX(s->next_seq, e->seq + 1);
+    p->first_seq = MIN(p->first_seq, e->seq);
     switch (e->type) {
     case BALE_RECORD_IMAGE:
         return apply_image(scan, e);
@@ -859,7 +860,8 @@ static int load_pages(BaleStore *s, const BalePart *part,
         p->bucket = e.bucket;
         p->state = BALE_PAGE_SEALED;
         p->end = p->proven = p->allocated = e.end;
-        p->live_bytes = e.live_bytes;
+        /* Counted anew with the index: what the entry says is not trusted. */
+        p->live_bytes = 0;
         p->first_seq = e.first_seq;
         p->tombstone_seq = e.tombstone_seq;
         if (e.open) {
@@ -902,6 +904,7 @@ static int load_index(BaleStore *s, const BalePart *part,
         if (bale_image_index_set(image, part->b + i, value, NULL) < 0) {
             return -ENOMEM;
         }
+        count_live(part->b + i, value, s);
     }
     return 0;
 }

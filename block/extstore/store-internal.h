@@ -10,6 +10,8 @@
  *     recover.c     reads a checkpoint, or rebuilds the state by a scan
  *     checkpoint.c  writes a checkpoint and superblocks
  *     store.c       create, open, close
+ *     compact.c     moves what is live out of fragmented pages
+ *     maintain.c    the thread that compacts and gives pages back
  *     check.c       check and repair
  *
  * Locks, in the order in which they may be taken: session_lock, range_lock,
@@ -70,6 +72,7 @@ struct BalePage {
     uint32_t readers;       /* device reads under way */
     uint8_t bucket;
     uint8_t state;
+    bool compact_stuck;     /* something in it cannot be moved */
     bool barrier_pending;   /* proven has grown since it was last written */
 };
 
@@ -188,9 +191,19 @@ struct BaleStore {
     uint64_t flushed_request;
     BaleFlushWaiter *flush_waiters, **flush_waiters_tail;
     BaleDeviceIo flush_io;
-    bool release_queued;
-    BaleWork release_work;
+    uint64_t garbage_bytes;  /* since maintenance was last asked to look */
     unsigned background;     /* device I/O that nobody else waits for */
+
+    /* The maintenance thread; under log_lock. */
+    pthread_cond_t maintain_cond;
+    pthread_t maintain_thread;
+    bool maintain_started, maintain_stop, maintain_idle;
+    bool maintain_release;   /* pages are ZEROING or RELEASING */
+    bool maintain_look;      /* there may be a page to compact */
+    unsigned maintain_pauses;
+    unsigned space_waiters;
+    bool space_wanted;       /* compact what would otherwise be let be */
+    uint64_t space_rounds;
 
     BaleStoreStats stats;    /* atomic, but for those under log_lock */
     BaleHistogram read_hist, write_hist, flush_hist;
@@ -255,7 +268,28 @@ void bale_page_free_list_rebuild(BaleStore *s);
 uint64_t bale_page_device_pages(BaleStore *s);
 /* Not under log_lock: make @bucket's active page have room for a segment. */
 int bale_page_prepare(BaleStore *s, BaleBucket bucket, uint32_t need);
-void bale_page_release_work(BaleWork *work, void *context, unsigned worker);
+/* Does a page other than @page hold records older than @seq? */
+bool bale_page_older_exists(BaleStore *s, uint64_t page, uint64_t seq);
+
+/* maintain.c */
+/*
+ * What is zeroed of a dead page: its header and the first block of its first
+ * segment.  A zero header alone is damage.
+ */
+#define PAGE_ZEROED_LEN (2 * BALE_BLOCK_SIZE)
+int bale_maintain_start(BaleStore *s);
+void bale_maintain_stop(BaleStore *s);
+void bale_maintain_pause(BaleStore *s);
+void bale_maintain_resume(BaleStore *s);
+/* Under log_lock: there is something to release, or to look for. */
+void bale_maintain_signal(BaleStore *s, bool release, bool look);
+/* Paused, or on the thread itself: release what can be released now. */
+void bale_maintain_settle(BaleStore *s);
+/* Wait for one round of making space.  False: there is none to be made. */
+bool bale_maintain_wait_space(BaleStore *s);
+
+/* compact.c: on the maintenance thread */
+void bale_compact_background(BaleStore *s);
 
 /* log.c */
 void bale_log_init(BaleStore *s);
@@ -296,6 +330,13 @@ bool bale_recover(BaleStore *s, GError **errp);
 BaleImage *bale_image_new(BaleStore *s, const BaleImageRecord *record,
                           GError **errp);
 void bale_image_free(BaleImage *image);
+uint64_t bale_image_find(BaleImage *image, uint64_t cluster);
+/* May the caller append now?  0, with session_lock held for reading. */
+int bale_image_write_begin(BaleImage *image);
+void bale_image_write_end(BaleImage *image);
+/* Point @cluster at @copy if it still points at @value; counts either way. */
+void bale_image_index_move(BaleImage *image, uint64_t cluster, uint64_t value,
+                           uint64_t copy);
 /* Set an index entry and keep the chunk counter; 0 or -ENOMEM. */
 int bale_image_index_set(BaleImage *image, uint64_t cluster, uint64_t value,
                          uint64_t *old);

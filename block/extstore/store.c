@@ -116,6 +116,7 @@ static void store_free(BaleStore *s)
     if (!s) {
         return;
     }
+    bale_maintain_stop(s);
     bale_workers_free(s->workers);
     bale_image_free(s->image);
     bale_cache_free(s->cache);
@@ -414,7 +415,7 @@ BaleStore *bale_store_open(BaleDevice *dev, const BaleOpenOptions *o,
 
 /* --- close --- */
 
-/* Wait for read-ahead and the release of pages. */
+/* Wait for read-ahead and write-outs. */
 static void store_quiesce(BaleStore *s)
 {
     pthread_mutex_lock(&s->log_lock);
@@ -430,8 +431,10 @@ bool bale_store_checkpoint(BaleStore *s, GError **errp)
     int ret;
 
     ret = s->read_only || store_failed(s) ? 0 : bale_store_flush_sync(s);
+    bale_maintain_pause(s);
     store_quiesce(s);
     if (ret < 0) {
+        bale_maintain_resume(s);
         return store_error(errp,
                            ret == -ENOSPC ? BALE_STORE_ERROR_NO_SPACE
                                           : BALE_STORE_ERROR_IO,
@@ -446,6 +449,7 @@ bool bale_store_checkpoint(BaleStore *s, GError **errp)
         ok = bale_checkpoint_write(s, errp);
     }
     pthread_rwlock_unlock(&s->session_lock);
+    bale_maintain_resume(s);
     return ok;
 }
 
@@ -482,7 +486,7 @@ bool bale_store_close(BaleStore *s, GError **errp)
     if (!ok) {
         g_propagate_error(errp, g_steal_pointer(&err));
     }
-    /* The workers may still be in the completion of the last release. */
+    bale_maintain_stop(s);
     bale_workers_free(s->workers);
     s->workers = NULL;
     bale_device_close(s->dev);

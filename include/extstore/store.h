@@ -193,6 +193,8 @@ typedef struct BaleStoreStats {
     uint64_t incompressible;           /* clusters stored as they are */
     uint64_t checksum_errors;
     uint64_t checkpoints, checkpoint_bytes;
+    uint64_t compacted_pages, compacted_records, compacted_bytes;
+    uint64_t compact_examined_bytes;
     uint64_t index_entries, index_bytes;
     uint64_t write_buffers, write_buffers_waits;
     uint64_t read_ns[BALE_HIST_BUCKETS], write_ns[BALE_HIST_BUCKETS];
@@ -292,6 +294,24 @@ bool bale_image_set_backing(BaleImage *image, const char *backing_file,
                             const char *backing_format, GError **errp);
 /* Drop all clusters: the whole image shows what lies under it. */
 bool bale_image_clear(BaleImage *image, GError **errp);
+
+/* --- compaction --- */
+
+typedef struct BaleCompactOptions {
+    uint64_t rate;     /* bytes examined a second; 0: unlimited */
+    /* Optional: told about every MiB or so; return false to stop. */
+    bool (*progress)(void *opaque, uint64_t done, uint64_t total);
+    void *opaque;
+} BaleCompactOptions;
+
+/*
+ * Move what is live out of fragmented pages and give their space back.  The
+ * store may be in use meanwhile.  (In the background the same happens by
+ * itself, once a sixth of the store is garbage.)  True also when it was
+ * stopped.
+ */
+bool bale_store_compact(BaleStore *store, const BaleCompactOptions *o,
+                        GError **errp);
 
 /* --- check --- */
 

@@ -253,6 +253,44 @@ static void test_overwrites_give_space_back(void)
     fixture_close(&f);
 }
 
+/* Every second cluster overwritten: no page dies by itself. */
+static void test_compaction_gives_space_back(void)
+{
+    g_autofree uint8_t *model = g_malloc0(IMAGE_SIZE);
+    g_autoptr(GRand) rand = g_rand_new_with_seed(5);
+    g_autoptr(GError) err = NULL;
+    BaleCompactOptions o = { .rate = 0 };
+    BaleStoreStats before, after;
+    Fixture f;
+
+    fixture_init(&f, BALE_CODEC_NONE);
+    for (uint64_t i = 0; i < IMAGE_SIZE; i++) {
+        model[i] = g_rand_int(rand);
+    }
+    g_assert_cmpint(bale_image_write_sync(f.image, 0, model, IMAGE_SIZE, 0),
+                    ==, 0);
+    for (uint64_t pos = 0; pos < IMAGE_SIZE; pos += 2 * 16384) {
+        model[pos] ^= 1;
+        g_assert_cmpint(
+            bale_image_write_sync(f.image, pos, model + pos, 16384, 0), ==,
+            0);
+    }
+    g_assert_cmpint(bale_image_zero_sync(f.image, 0, 4 * 16384, 0), ==, 0);
+    memset(model, 0, 4 * 16384);
+    g_assert_cmpint(bale_store_flush_sync(f.store), ==, 0);
+    bale_store_get_stats(f.store, &before);
+    g_assert_true(bale_store_compact(f.store, &o, &err));
+    g_assert_no_error(err);
+    bale_store_get_stats(f.store, &after);
+    g_assert_cmpuint(after.used_bytes, <, IMAGE_SIZE * 5 / 4);
+    check_equal(&f, model, IMAGE_SIZE);
+    check_clean(&f);
+    fixture_kill(&f);
+    check_equal(&f, model, IMAGE_SIZE);
+    check_clean(&f);
+    fixture_close(&f);
+}
+
 static void test_resize(void)
 {
     g_autofree uint8_t *model = g_malloc0(2 * IMAGE_SIZE);
@@ -366,8 +404,12 @@ static void model_step(Fixture *f, GRand *rand, uint8_t *model, uint8_t *buf)
             g_error("read of %" G_GUINT64_FORMAT " bytes at %"
                     G_GUINT64_FORMAT " differs", len, pos);
         }
-    } else if (op < 98) {
+    } else if (op < 97) {
         ret = bale_store_flush_sync(f->store);
+    } else if (op == 97) {
+        BaleCompactOptions o = { .rate = 0 };
+
+        g_assert_true(bale_store_compact(f->store, &o, NULL));
     } else if (op == 98) {
         g_assert_cmpint(bale_store_flush_sync(f->store), ==, 0);
         fixture_kill(f);
@@ -497,6 +539,8 @@ int main(int argc, char **argv)
                     test_read_only_writes_nothing);
     g_test_add_func("/store/overwrites-give-space-back",
                     test_overwrites_give_space_back);
+    g_test_add_func("/store/compaction-gives-space-back",
+                    test_compaction_gives_space_back);
     g_test_add_func("/store/resize", test_resize);
     g_test_add_func("/store/out-of-range", test_out_of_range);
     g_test_add_func("/store/full", test_full);

@@ -1,0 +1,217 @@
+/*
+ * The maintenance thread of an open store: gives dead pages back to the device
+ * and compacts fragmented ones.
+ *
+ * It starts with the first session and ends when the store is closed.  It may
+ * block on the device and on flushes; nobody who holds log_lock waits for it.
+ * A worker may wait for it (when the store is full): it never needs a worker.
+ *
+ * Pausing: bale_maintain_pause() returns once the thread is between two steps
+ * and keeps it there.  A step is one page released or one segment compacted.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "store-internal.h"
+
+#include <errno.h>
+#include <string.h>
+
+#include "util/memory.h"
+
+/* --- releasing; the states are told in page.c --- */
+
+/* One step on @page; called and returns with log_lock. */
+static int maintain_release_page(BaleStore *s, uint64_t page,
+                                 const void *zeroes)
+{
+    uint64_t address = page_address(s, page);
+    bool zero = bale_page(s, page)->state == BALE_PAGE_ZEROING;
+    int ret = 0;
+
+    pthread_mutex_unlock(&s->log_lock);
+    if (zero) {
+        ret = bale_device_store_sync(s->dev, address, zeroes,
+                                     PAGE_ZEROED_LEN);
+    } else {
+        /* Space that stays allocated is a pity, not an error. */
+        s->dev->ops->release(s->dev, address, s->page_size);
+    }
+    pthread_mutex_lock(&s->log_lock);
+    if (ret == 0 && zero) {
+        bale_page(s, page)->state = BALE_PAGE_ZEROED;
+        bale_page(s, page)->free_flush = s->flush_request + 1;
+    } else if (ret == 0) {
+        memset(bale_page(s, page), 0, sizeof(BalePage));
+        g_array_append_val(s->free_pages, page);
+    }
+    return ret;
+}
+
+/* Take all steps that are possible now.  Called and returns with log_lock. */
+static void maintain_release(BaleStore *s)
+{
+    BALE_AUTO_MEMORY uint8_t *zeroes =
+        bale_memory_try_alloc0(BALE_BLOCK_SIZE, PAGE_ZEROED_LEN);
+    bool freed = false;
+    int ret = 0;
+
+    for (guint i = 0; zeroes && ret == 0 && i < s->dying_pages->len;) {
+        uint64_t page = g_array_index(s->dying_pages, uint64_t, i);
+        BalePageState state = bale_page(s, page)->state;
+
+        if (state == BALE_PAGE_ZEROING || state == BALE_PAGE_RELEASING) {
+            ret = maintain_release_page(s, page, zeroes);
+        }
+        if (ret == 0 && state == BALE_PAGE_RELEASING) {
+            g_array_remove_index(s->dying_pages, i);
+            freed = true;
+        } else {
+            i++;
+        }
+    }
+    if (freed) {
+        /* What is gone may have been all that a tombstone was kept for. */
+        bale_page_consider_all(s);
+    }
+    pthread_cond_broadcast(&s->log_cond);
+    if (ret < 0) {
+        pthread_mutex_unlock(&s->log_lock);
+        bale_store_poison(s, ret, "zeroing the header of a dead page");
+        pthread_mutex_lock(&s->log_lock);
+    }
+}
+
+/* --- the thread --- */
+
+/* Whether dying pages wait for nothing but a flush.  Under log_lock. */
+static bool maintain_wants_flush(BaleStore *s)
+{
+    return s->dying_pages->len > 0 && s->space_waiters > 0;
+}
+
+static void *maintain_main(void *opaque)
+{
+    BaleStore *s = opaque;
+
+    pthread_mutex_lock(&s->log_lock);
+    while (!s->maintain_stop) {
+        if (s->maintain_pauses || store_failed(s) ||
+            !(s->maintain_release || s->maintain_look ||
+              maintain_wants_flush(s))) {
+            s->maintain_idle = true;
+            pthread_cond_broadcast(&s->log_cond);
+            pthread_cond_wait(&s->maintain_cond, &s->log_lock);
+            s->maintain_idle = false;
+            continue;
+        }
+        if (s->maintain_release) {
+            s->maintain_release = false;
+            maintain_release(s);
+            continue;
+        }
+        if (s->maintain_look) {
+            s->maintain_look = false;
+            pthread_mutex_unlock(&s->log_lock);
+            bale_compact_background(s);
+            pthread_mutex_lock(&s->log_lock);
+        }
+        if (maintain_wants_flush(s)) {
+            pthread_mutex_unlock(&s->log_lock);
+            bale_log_flush_sync(s);
+            pthread_mutex_lock(&s->log_lock);
+            s->space_rounds++;
+            pthread_cond_broadcast(&s->log_cond);
+        }
+    }
+    s->maintain_idle = true;
+    pthread_cond_broadcast(&s->log_cond);
+    pthread_mutex_unlock(&s->log_lock);
+    return NULL;
+}
+
+int bale_maintain_start(BaleStore *s)
+{
+    int ret = 0;
+
+    if (!s->maintain_started) {
+        ret = -pthread_create(&s->maintain_thread, NULL, maintain_main, s);
+        s->maintain_started = ret == 0;
+    }
+    return ret;
+}
+
+void bale_maintain_stop(BaleStore *s)
+{
+    if (s->maintain_started) {
+        pthread_mutex_lock(&s->log_lock);
+        s->maintain_stop = true;
+        pthread_cond_signal(&s->maintain_cond);
+        pthread_mutex_unlock(&s->log_lock);
+        pthread_join(s->maintain_thread, NULL);
+        s->maintain_started = false;
+        s->maintain_stop = false;
+    }
+}
+
+void bale_maintain_pause(BaleStore *s)
+{
+    pthread_mutex_lock(&s->log_lock);
+    s->maintain_pauses++;
+    while (s->maintain_started && !s->maintain_idle) {
+        pthread_cond_wait(&s->log_cond, &s->log_lock);
+    }
+    pthread_mutex_unlock(&s->log_lock);
+}
+
+void bale_maintain_resume(BaleStore *s)
+{
+    pthread_mutex_lock(&s->log_lock);
+    g_assert(s->maintain_pauses > 0);
+    s->maintain_pauses--;
+    pthread_cond_signal(&s->maintain_cond);
+    pthread_mutex_unlock(&s->log_lock);
+}
+
+void bale_maintain_signal(BaleStore *s, bool release, bool look)
+{
+    s->maintain_release |= release;
+    s->maintain_look |= look;
+    pthread_cond_signal(&s->maintain_cond);
+}
+
+void bale_maintain_settle(BaleStore *s)
+{
+    pthread_mutex_lock(&s->log_lock);
+    if (s->maintain_release) {
+        s->maintain_release = false;
+        maintain_release(s);
+    }
+    pthread_mutex_unlock(&s->log_lock);
+}
+
+bool bale_maintain_wait_space(BaleStore *s)
+{
+    uint64_t before;
+    bool more;
+
+    pthread_mutex_lock(&s->log_lock);
+    if (!s->maintain_started || s->maintain_pauses) {
+        pthread_mutex_unlock(&s->log_lock);
+        return false;
+    }
+    before = s->space_rounds;
+    s->space_waiters++;
+    s->maintain_look = true;
+    s->space_wanted = true;
+    pthread_cond_signal(&s->maintain_cond);
+    /* One look for garbage, then a flush if pages are dying. */
+    while (s->space_rounds == before && s->maintain_started &&
+           !store_failed(s) && !s->maintain_pauses &&
+           (s->maintain_look || s->dying_pages->len || !s->maintain_idle)) {
+        pthread_cond_wait(&s->log_cond, &s->log_lock);
+    }
+    s->space_waiters--;
+    more = s->free_pages->len > 0 || s->dying_pages->len > 0;
+    pthread_mutex_unlock(&s->log_lock);
+    return more && !store_failed(s);
+}
