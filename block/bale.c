@@ -721,13 +721,27 @@ static int coroutine_fn bale_co_pwritev_part(BlockDriverState *bs,
     return ret;
 }
 
-/* Every write is stored compressed, so this one is a write like any other. */
+/*
+ * Every write is stored compressed, so this one is a write like any other; but
+ * the block layer does not split it by bl.max_transfer.
+ */
 static int coroutine_fn
 bale_co_pwritev_compressed_part(BlockDriverState *bs, int64_t offset,
                                 int64_t bytes, QEMUIOVector *qiov,
                                 size_t qiov_offset)
 {
-    return bale_co_pwritev_part(bs, offset, bytes, qiov, qiov_offset, 0);
+    while (bytes > 0) {
+        int64_t part = MIN(bytes, (int64_t)BALE_REQUEST_MAX);
+        int ret = bale_co_pwritev_part(bs, offset, part, qiov, qiov_offset, 0);
+
+        if (ret < 0) {
+            return ret;
+        }
+        offset += part;
+        qiov_offset += part;
+        bytes -= part;
+    }
+    return 0;
 }
 
 static int coroutine_fn zero_range(BlockDriverState *bs, uint64_t offset,
@@ -892,6 +906,7 @@ static void bale_refresh_limits(BlockDriverState *bs, Error **errp)
 {
     BDRVBaleState *s = bs->opaque;
 
+    bs->bl.max_transfer = BALE_REQUEST_MAX;
     bs->bl.pwrite_zeroes_alignment = s->cluster_size;
     bs->bl.pdiscard_alignment = s->cluster_size;
 }
