@@ -831,8 +831,10 @@ static void story_event(GString *story, const char *before, uint64_t event)
 char *bale_sim_story(BaleDevice *dev)
 {
     static const char *const kinds[] = {
-        [BALE_SIM_OP_STORE] = "store",       [BALE_SIM_OP_RELEASE] = "release",
-        [BALE_SIM_OP_GROW] = "grow",         [BALE_SIM_OP_TRUNCATE] = "truncate",
+        [BALE_SIM_OP_STORE] = "store",
+        [BALE_SIM_OP_RELEASE] = "release",
+        [BALE_SIM_OP_GROW] = "grow",
+        [BALE_SIM_OP_TRUNCATE] = "truncate",
         [BALE_SIM_OP_FLUSH] = "flush",
     };
     SimDevice *sim = sim_of(dev);

@@ -40,7 +40,7 @@ typedef struct BaleDevice BaleDevice;
 typedef struct BaleDeviceIo BaleDeviceIo;
 typedef struct BaleDeviceOps BaleDeviceOps;
 
-/* Completion: @ret is 0 or a negative errno.  @io belongs to the engine again. */
+/* Completion: @ret is 0 or a negative errno.  @io is the engine's again. */
 typedef void BaleDeviceDone(BaleDeviceIo *io, int ret);
 
 /*
@@ -129,6 +129,8 @@ struct BaleDeviceOps {
     /*
      * Optional (may be NULL).  The engine brackets a batch of store and get
      * calls made by one thread, so that the device can submit them together.
+     * The device may hold them back until unplug: the thread must not wait
+     * for one of them before.
      */
     void (*plug)(BaleDevice *dev);
     void (*unplug)(BaleDevice *dev);
