@@ -17,7 +17,7 @@
 typedef struct Check {
     const char *name;        /* of the command */
     const char *path;
-    BaleToolDevice device;
+    BaleToolDevice *device;
     BaleToolProgress progress;
     gboolean json;
     GPtrArray *findings;     /* for JSON; strings, owned */
@@ -163,7 +163,7 @@ static int check_open(Check *c, unsigned flags)
 {
     bool fix = flags & (BALE_CHECK_FIX_LEAKS | BALE_CHECK_FIX_ALL);
     BaleStore *store =
-        bale_tool_store_open(c->name, &c->device, c->path, !fix, 0);
+        bale_tool_store_open(c->name, c->device, c->path, !fix, 0);
 
     if (!store) {
         return BALE_EXIT_ERROR;
@@ -174,7 +174,8 @@ static int check_open(Check *c, unsigned flags)
 
 static int check(const BaleCommand *command, int argc, char **argv)
 {
-    Check c = { .name = "check" };
+    g_auto(BaleToolDevice) device = { 0 };
+    Check c = { .name = "check", .device = &device };
     g_autofree char *repair = NULL;
     gboolean progress = FALSE;
     unsigned flags = 0;
@@ -184,8 +185,8 @@ static int check(const BaleCommand *command, int argc, char **argv)
         { "progress", 'p', 0, G_OPTION_ARG_NONE, &progress, "Show progress",
           NULL },
         { "json", 0, 0, G_OPTION_ARG_NONE, &c.json, "Print JSON", NULL },
-        BALE_TOOL_SHARE_ENTRY(c.device),
-        BALE_TOOL_DEVICE_ENTRIES(c.device),
+        BALE_TOOL_SHARE_ENTRY(device),
+        BALE_TOOL_DEVICE_ENTRIES(device),
         { NULL },
     };
 
@@ -204,7 +205,7 @@ static int check(const BaleCommand *command, int argc, char **argv)
             return bale_tool_error("check: -r takes 'leaks' or 'all', not "
                                    "'%s'", repair);
         }
-        if (c.device.force_share) {
+        if (device.force_share) {
             return bale_tool_error("check: -U does not go with -r");
         }
     }
@@ -213,7 +214,8 @@ static int check(const BaleCommand *command, int argc, char **argv)
 
 static int verify(const BaleCommand *command, int argc, char **argv)
 {
-    Check c = { .name = "verify" };
+    g_auto(BaleToolDevice) device = { 0 };
+    Check c = { .name = "verify", .device = &device };
     g_autoptr(GError) error = NULL;
     g_autofree char *rate = NULL;
     gboolean progress = FALSE;
@@ -223,8 +225,8 @@ static int verify(const BaleCommand *command, int argc, char **argv)
         { "progress", 'p', 0, G_OPTION_ARG_NONE, &progress, "Show progress",
           NULL },
         { "json", 0, 0, G_OPTION_ARG_NONE, &c.json, "Print JSON", NULL },
-        BALE_TOOL_SHARE_ENTRY(c.device),
-        BALE_TOOL_DEVICE_ENTRIES(c.device),
+        BALE_TOOL_SHARE_ENTRY(device),
+        BALE_TOOL_DEVICE_ENTRIES(device),
         { NULL },
     };
 

@@ -10,7 +10,7 @@ static int create(const BaleCommand *command, int argc, char **argv)
     g_autoptr(GError) error = NULL;
     g_autoptr(GPtrArray) keep = g_ptr_array_new_with_free_func(g_free);
     g_auto(GStrv) options = NULL;
-    BaleToolDevice device = { 0 };
+    g_auto(BaleToolDevice) device = { 0 };
     gboolean force = FALSE;
     BaleCreateOptions o = { .codec = BALE_TOOL_CODEC_DEFAULT };
     bool made;

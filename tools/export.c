@@ -48,8 +48,8 @@ struct Export {
     bool zero_block_device; /* zeroes must be written */
     int fd;
     Slot slots[EXPORT_SLOTS];
-    GAsyncQueue *finished; /* Slots whose read has completed */
-    GPtrArray *idle;       /* Slots without a read */
+    BaleToolBag finished; /* Slots whose read has completed */
+    GPtrArray *idle;      /* Slots without a read */
     unsigned under_way;
     uint64_t copied;       /* bytes done with */
     uint64_t lost;         /* clusters that could not be read */
@@ -160,13 +160,13 @@ static void read_done(void *opaque, int ret)
     Slot *slot = opaque;
 
     slot->ret = ret;
-    g_async_queue_push(slot->export->finished, slot);
+    bale_tool_bag_put(&slot->export->finished, slot);
 }
 
 /* Wait for one read and write what it brought. */
 static int finish_one(Export *e)
 {
-    Slot *slot = g_async_queue_pop(e->finished);
+    Slot *slot = bale_tool_bag_take(&e->finished);
 
     e->under_way--;
     g_ptr_array_add(e->idle, slot);
@@ -240,7 +240,7 @@ static int copy(Export *e)
     }
     /* After an error only the end of the reads matters. */
     while (e->under_way > 0) {
-        g_async_queue_pop(e->finished);
+        bale_tool_bag_take(&e->finished);
         e->under_way--;
     }
     return ret;
@@ -285,7 +285,7 @@ static int slots_init(Export *e)
 {
     size_t len = MAX(EXPORT_READ_LEN, e->cluster_size);
 
-    e->finished = g_async_queue_new();
+    bale_tool_bag_init(&e->finished);
     e->idle = g_ptr_array_new();
     for (int i = 0; i < EXPORT_SLOTS; i++) {
         Slot *slot = &e->slots[i];
@@ -340,7 +340,7 @@ static int export_image(Export *e, bool ignore_backing)
     for (int i = 0; i < EXPORT_SLOTS; i++) {
         free(e->slots[i].buf);
     }
-    g_async_queue_unref(e->finished);
+    bale_tool_bag_clear(&e->finished);
     g_ptr_array_unref(e->idle);
     if (ret < 0) {
         return BALE_EXIT_ERROR;
@@ -352,7 +352,7 @@ static int run_export(const BaleCommand *command, int argc, char **argv)
 {
     g_autoptr(GError) error = NULL;
     g_autofree Export *e = g_new0(Export, 1);
-    BaleToolDevice device = { 0 };
+    g_auto(BaleToolDevice) device = { 0 };
     gboolean progress = FALSE;
     gboolean salvage = FALSE;
     gboolean ignore_backing = FALSE;

@@ -45,9 +45,9 @@ struct Import {
     uint32_t cluster_size;
     BaleImage *image;
     Slot slots[IMPORT_SLOTS];
-    GAsyncQueue *idle;   /* Slots */
+    BaleToolBag idle;    /* Slots */
 
-    GMutex lock;
+    pthread_mutex_t lock;
     uint64_t cursor;     /* where the next chunk begins */
     char *message;       /* the first error of the input */
 
@@ -61,16 +61,16 @@ static void import_fail(Import *m, int error, const char *message)
     int none = 0;
 
     if (atomic_compare_exchange_strong(&m->error, &none, error) && message) {
-        g_mutex_lock(&m->lock);
+        pthread_mutex_lock(&m->lock);
         m->message = g_strdup(message);
-        g_mutex_unlock(&m->lock);
+        pthread_mutex_unlock(&m->lock);
     }
 }
 
 static void slot_put(Slot *slot)
 {
     if (atomic_fetch_sub(&slot->pending, 1) == 1) {
-        g_async_queue_push(slot->import->idle, slot);
+        bale_tool_bag_put(&slot->import->idle, slot);
     }
 }
 
@@ -91,7 +91,7 @@ static bool next_chunk(Import *m, uint64_t *offset, size_t *len)
     uint64_t start;
     off_t data;
 
-    g_mutex_lock(&m->lock);
+    pthread_mutex_lock(&m->lock);
     if (m->cursor < m->size) {
         start = m->cursor;
         data = lseek(m->fd, m->cursor, SEEK_DATA);
@@ -109,7 +109,7 @@ static bool next_chunk(Import *m, uint64_t *offset, size_t *len)
             found = true;
         }
     }
-    g_mutex_unlock(&m->lock);
+    pthread_mutex_unlock(&m->lock);
     return found;
 }
 
@@ -168,7 +168,7 @@ static gpointer reader_thread(gpointer opaque)
     size_t len;
 
     while (!atomic_load(&m->error) && next_chunk(m, &offset, &len)) {
-        Slot *slot = g_async_queue_pop(m->idle);
+        Slot *slot = bale_tool_bag_take(&m->idle);
 
         atomic_store(&slot->pending, 1);
         if (read_chunk(m, slot->buf, len, offset)) {
@@ -192,7 +192,7 @@ static bool slots_init(Import *m)
         if (!slot->buf) {
             return false;
         }
-        g_async_queue_push(m->idle, slot);
+        bale_tool_bag_put(&m->idle, slot);
     }
     return true;
 }
@@ -219,7 +219,7 @@ static int copy(Import *m, unsigned readers, BaleToolProgress *progress)
     }
     /* All slots are back when no write is under way. */
     for (int i = 0; i < IMPORT_SLOTS; i++) {
-        g_async_queue_pop(m->idle);
+        bale_tool_bag_take(&m->idle);
     }
     return atomic_load(&m->error);
 }
@@ -230,8 +230,8 @@ static void import_clear(Import *m)
         free(m->slots[i].buf);
         g_free(m->slots[i].iov);
     }
-    g_async_queue_unref(m->idle);
-    g_mutex_clear(&m->lock);
+    bale_tool_bag_clear(&m->idle);
+    pthread_mutex_destroy(&m->lock);
     g_free(m->message);
     if (m->fd >= 0) {
         close(m->fd);
@@ -315,7 +315,7 @@ static int run_import(const BaleCommand *command, int argc, char **argv)
     g_autoptr(GPtrArray) keep = g_ptr_array_new_with_free_func(g_free);
     g_auto(GStrv) options = NULL;
     g_autofree Import *m = g_new0(Import, 1);
-    BaleToolDevice device = { 0 };
+    g_auto(BaleToolDevice) device = { 0 };
     BaleToolProgress progress = { 0 };
     BaleCreateOptions o = { .codec = BALE_TOOL_CODEC_DEFAULT };
     gboolean force = FALSE;
@@ -348,8 +348,8 @@ static int run_import(const BaleCommand *command, int argc, char **argv)
         return bale_tool_file_error("import", argv[2], error->message);
     }
     m->path = argv[1];
-    m->idle = g_async_queue_new();
-    g_mutex_init(&m->lock);
+    bale_tool_bag_init(&m->idle);
+    pthread_mutex_init(&m->lock, NULL);
     progress.on = show;
     if (!open_input(m)) {
         goto out;

@@ -302,7 +302,7 @@ static int info(const BaleCommand *command, int argc, char **argv)
 {
     g_autoptr(GError) error = NULL;
     g_autofree Info *i = g_new0(Info, 1);
-    BaleToolDevice device = { 0 };
+    g_auto(BaleToolDevice) device = { 0 };
     gboolean stats = FALSE;
     gboolean json = FALSE;
     BaleStore *store;

@@ -40,7 +40,7 @@ static int list(const BaleCommand *command, int argc, char **argv)
 {
     g_autoptr(GError) error = NULL;
     g_autofree BaleImageInfo *info = g_new0(BaleImageInfo, 1);
-    BaleToolDevice device = { 0 };
+    g_auto(BaleToolDevice) device = { 0 };
     gboolean json = FALSE;
     BaleStore *store;
     BaleImage *image;

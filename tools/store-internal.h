@@ -2,7 +2,7 @@
  * What the subcommands that work on a store share: opening it with one-line
  * errors that name the file, sizes, -o options, progress, JSON.
  *
- * Single thread.  Functions that fail have printed the error already, through
+ * Single thread, but for BaleToolBag.  Functions that fail have printed the error already, through
  * bale_tool_error(), unless they take a GError.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
@@ -11,6 +11,7 @@
 #define BALE_TOOLS_STORE_INTERNAL_H
 
 #include <json-glib/json-glib.h>
+#include <pthread.h>
 
 #include "extstore/store.h"
 #include "tool-internal.h"
@@ -33,6 +34,13 @@ typedef struct BaleToolDevice {
     gboolean force_share;  /* -U: take no lock */
     gboolean buffered;     /* --buffered: page cache, not O_DIRECT */
 } BaleToolDevice;
+
+static inline void bale_tool_device_clear(BaleToolDevice *d)
+{
+    g_free(d->plugin);
+}
+
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(BaleToolDevice, bale_tool_device_clear)
 
 /* For a GOptionEntry table; @d is a BaleToolDevice variable. */
 #define BALE_TOOL_DEVICE_ENTRIES(d)                                           \
@@ -121,6 +129,26 @@ void *bale_tool_buffer_new(size_t len);
 
 /* True when all @len bytes at @buf are zero; true for no bytes. */
 bool bale_tool_is_zero(const void *buf, size_t len);
+
+/* --- passing things between threads --- */
+
+/*
+ * A bag of pointers: any thread puts in, any thread takes out, in no order.
+ * With POSIX locks, because ThreadSanitizer knows nothing of GLib's.
+ */
+typedef struct BaleToolBag {
+    pthread_mutex_t lock;
+    pthread_cond_t cond;
+    GPtrArray *items;
+} BaleToolBag;
+
+void bale_tool_bag_init(BaleToolBag *bag);
+/* The bag may hold items; it does not own them. */
+void bale_tool_bag_clear(BaleToolBag *bag);
+/* Does not block but for the lock. */
+void bale_tool_bag_put(BaleToolBag *bag, void *item);
+/* Wait for an item. */
+void *bale_tool_bag_take(BaleToolBag *bag);
 
 /* --- creating --- */
 

@@ -393,6 +393,44 @@ bool bale_tool_is_zero(const void *buf, size_t len)
            (bytes[0] == 0 && !memcmp(bytes, bytes + 1, len - 1));
 }
 
+/* --- passing things between threads --- */
+
+void bale_tool_bag_init(BaleToolBag *bag)
+{
+    pthread_mutex_init(&bag->lock, NULL);
+    pthread_cond_init(&bag->cond, NULL);
+    bag->items = g_ptr_array_new();
+}
+
+void bale_tool_bag_clear(BaleToolBag *bag)
+{
+    g_ptr_array_unref(bag->items);
+    pthread_cond_destroy(&bag->cond);
+    pthread_mutex_destroy(&bag->lock);
+}
+
+void bale_tool_bag_put(BaleToolBag *bag, void *item)
+{
+    pthread_mutex_lock(&bag->lock);
+    g_ptr_array_add(bag->items, item);
+    /* Under the lock: the taker of the last item may clear the bag. */
+    pthread_cond_signal(&bag->cond);
+    pthread_mutex_unlock(&bag->lock);
+}
+
+void *bale_tool_bag_take(BaleToolBag *bag)
+{
+    void *item;
+
+    pthread_mutex_lock(&bag->lock);
+    while (bag->items->len == 0) {
+        pthread_cond_wait(&bag->cond, &bag->lock);
+    }
+    item = g_ptr_array_steal_index_fast(bag->items, bag->items->len - 1);
+    pthread_mutex_unlock(&bag->lock);
+    return item;
+}
+
 /* --- creating --- */
 
 /* True if a store lies on the device @path. */
