@@ -300,6 +300,7 @@ static void test_new_file_is_private(void)
     g_autoptr(BaleDevice) dev = open_ok(path, BALE_DEVICE_CREATE);
     struct stat st;
 
+    g_assert_nonnull(dev);
     g_assert_cmpint(stat(path, &st), ==, 0);
     g_assert_cmpint(st.st_mode & 0777, ==, 0600);
 }
@@ -358,6 +359,7 @@ static void test_descriptor_is_closed_on_exec(void)
     const char *name;
     unsigned found = 0;
 
+    g_assert_nonnull(dev);
     while ((name = g_dir_read_name(fds))) {
         g_autofree char *link = g_build_filename("/proc/self/fd", name, NULL);
         g_autofree char *to = g_file_read_link(link, NULL);
