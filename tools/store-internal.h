@@ -2,8 +2,8 @@
  * What the subcommands that work on a store share: opening it with one-line
  * errors that name the file, sizes, -o options, progress, JSON.
  *
- * Single thread, but for BaleToolBag.  Functions that fail have printed the error already, through
- * bale_tool_error(), unless they take a GError.
+ * Single thread, but for BaleToolBag.  Functions that fail have printed the
+ * error already, through bale_tool_error(), unless they take a GError.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
