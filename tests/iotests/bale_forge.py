@@ -171,7 +171,7 @@ class Forge:
                        changes)
             self.seal_super(c)
 
-    def patch_page(self, page, **changes):
+    def patch_page(self, page, /, **changes):
         self.patch(reader.PAGE, PAGE_FIELDS, self.base(page), changes)
         self.seal_page(page)
 

@@ -6,6 +6,7 @@ status 1, and nothing changed on disk.  (QEMU's side: test_bale_bad_input.py.)
 """
 
 import hashlib
+import json
 import os
 import stat
 
@@ -324,6 +325,104 @@ class NoPermission(BadInputCase):
     def test_new_store_is_private(self):
         self.make_store()
         self.assertEqual(stat.S_IMODE(os.stat('x.bale').st_mode), 0o600)
+
+
+class HostileStores(BadInputCase):
+    """Nonsense under right checksums: an error or an answer, never a crash,
+    a hang or another program's memory."""
+
+    ROUNDS = 3000 if bale_iotests.LONG else 120
+    INTERESTING = (0, 1, 2, 15, 16, 63, 64, 255, 4096, (1 << 16) - 1, 1 << 20,
+                   1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 36,
+                   1 << 40, (1 << 48) - 1, 1 << 60, 1 << 63, (1 << 64) - 1)
+
+    def busy_forge(self, clean):
+        f = Forge(size=1 * MiB)
+        f.open_page(bucket=1)
+        f.segment([f.image(backing_file='')])
+        f.open_page()
+        f.segment([f.data(i, bytes([i + 1]) * 4096, i % 3)
+                   for i in range(9)], f.barrier_all())
+        f.segment([f.zero(3, 20), f.drop(5, 2), f.data(4, b'abcd' * 1024),
+                   f.drop(200, 0)], f.barrier_all())
+        f.finish(clean)
+        return f
+
+    def mutate(self, f):
+        """One or two changes, sealed again; what was done."""
+        rng = self.random
+        done = []
+        for _ in range(rng.choice((1, 1, 2))):
+            kind = rng.randrange(4)
+            if kind == 0:
+                name = rng.choice((
+                    'ro_compatible', 'compatible', 'uuid', 'generation',
+                    'state', 'cluster_size', 'page_size', 'root_address',
+                    'root_version', 'root_length', 'root_end',
+                    'next_sequence', 'device_end'))
+                narrow = name in ('state', 'cluster_size', 'root_length',
+                                  'root_end')
+                value = rng.choice(self.INTERESTING)
+                value = (rng.randbytes(16) if name == 'uuid' else
+                         value & ((1 << 32) - 1) if narrow else value)
+                f.patch_super(None, **{name: value})
+                done.append(('super', name, value))
+            elif kind == 1:
+                page = rng.randrange(len(f.tails))
+                name = rng.choice(('bucket', 'page', 'version',
+                                   'first_sequence'))
+                value = rng.choice(self.INTERESTING)
+                if name == 'bucket':
+                    value &= (1 << 32) - 1
+                f.patch_page(page, **{name: value})
+                done.append(('page', page, name, value))
+            else:
+                page, offset = rng.choice(
+                    [(p, o) for _, p, o in f.placed]
+                    + [(p, BLOCK) for p in f.tails])
+                fields = dict(zip(
+                    ('type', 'codec', 'flags', 'payload_length',
+                     'header_length', 'sequence', 'version', 'layer',
+                     'count', 'cluster'), (8, 8, 16, 32, 16, 64, 64, 32, 32,
+                                           64)))
+                if kind == 2:
+                    name = rng.choice(list(fields))
+                    value = (rng.choice(self.INTERESTING)
+                             & ((1 << fields[name]) - 1))
+                    f.patch_record(page, offset, **{name: value})
+                else:
+                    at = f.base(page) + offset
+                    length = int.from_bytes(f.get(at + 8, 4), 'little')
+                    if not 0 < length <= 1 << 20:
+                        continue
+                    width = rng.choice((1, 2, 4, 8))
+                    name = rng.randrange(length) // width * width
+                    value = (rng.choice(self.INTERESTING)
+                             & ((1 << 8 * width) - 1))
+                    f.put(at + 64 + name, value.to_bytes(width, 'little'))
+                    f.seal_record(page, offset)
+                done.append(('record', page, offset, name, value))
+        return done
+
+    def test_resealed_fields(self):
+        for i in range(self.ROUNDS):
+            f = self.busy_forge(clean=bool(i % 2))
+            done = self.mutate(f)
+            f.write('x.bale')
+            for command in (('verify', 'x.bale'),
+                            ('export', '--salvage', 'x.bale', 'out.raw'),
+                            ('check', '-r', 'all', 'x.bale')):
+                if command[0] == 'export' and self.huge():
+                    continue
+                result = bale(*command, timeout_s=60)
+                self.assertIn(result.status, (0, 1, 2, 3),
+                              f'{done} {result}')
+
+    def huge(self):
+        """The image of a hostile store may be longer than the disk."""
+        result = bale('list', '--json', 'x.bale')
+        return result.status != 0 or json.loads(
+            result.out)[0]['size'] > 64 * MiB
 
 
 if __name__ == '__main__':
