@@ -1,0 +1,316 @@
+/*
+ * Damaged sectors: every one of a small store, in several ways.  And all
+ * copies of the superblock but some.
+ *
+ * The store is either closed cleanly or left open, as by a kill; in the latter
+ * case a flush has proven everything but the last write: behind the newest
+ * barrier damage looks like a torn write, and may be taken for one.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "sim.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define SUPER_COPIES 4
+#define SUPER_STRIDE (512u << 10)
+/* Zero sectors of the store that are damaged, too: each so many-th. */
+#define ZERO_SECTORS_EVERY 512
+
+enum { DAMAGE_FLIP, DAMAGE_ZERO, DAMAGE_STALE, DAMAGE_SWAP, DAMAGE_DUPLICATE,
+       DAMAGE_BLOCK_ZERO, DAMAGE_KINDS };
+
+static const char *kinds[DAMAGE_KINDS] = {
+    "flip", "zero", "stale", "swap", "duplicate", "zero-block",
+};
+
+/* Make the store of @c; NULL and an error if that fails. */
+static World *damage_world(const Case *c, bool *clean, char **error)
+{
+    World *w = world_new(c->geo, bale_sim_new(NULL));
+
+    w->story = g_string_new(NULL);
+    if (world_start(w, c)) {
+        for (const char *p = c->steps; *p && !w->error; p++) {
+            if (!world_step(w, *p)) {
+                world_broken(w, "step %c was refused", *p);
+            }
+        }
+    }
+    *clean = c->seed % 2;
+    if (!w->error) {
+        world_step(w, 'f');
+        w->proven_event = bale_sim_events(w->sim);
+        if (*clean) {
+            world_close(w);
+            w->proven_event = bale_sim_events(w->sim);
+        } else {
+            /* The next segments carry the barriers for all there is. */
+            world_step(w, 'p');
+            world_step(w, 'f');
+        }
+    }
+    if (w->error) {
+        *error = broken_story(w, w->error);
+        world_free(w);
+        return NULL;
+    }
+    return w;
+}
+
+/* Numbers of the sectors of @image that hold something, and some others. */
+static GArray *damage_sectors(BaleSimImage *image)
+{
+    GArray *out = g_array_new(FALSE, FALSE, sizeof(uint64_t));
+    uint64_t n = bale_sim_image_size(image) / SECTOR;
+
+    for (uint64_t i = 0; i < n; i++) {
+        static const uint8_t zeroes[SECTOR];
+        uint8_t buf[SECTOR];
+
+        bale_sim_image_read(image, i * SECTOR, buf, SECTOR);
+        if (memcmp(buf, zeroes, SECTOR) || i % ZERO_SECTORS_EVERY == 0) {
+            g_array_append_val(out, i);
+        }
+    }
+    return out;
+}
+
+/* A copy of the device with sector @n damaged; NULL: that changes nothing. */
+static BaleSimImage *damage_apply(World *w, BaleSimImage *image, int kind,
+                                  GArray *sectors, uint64_t n, GRand *rand)
+{
+    BaleSimOptions options = { .no_history = true };
+    BaleDevice *dev = bale_sim_new_from_image(image, &options);
+    uint64_t at = n * SECTOR;
+    uint64_t other = g_array_index(sectors, uint64_t,
+                                   g_rand_int_range(rand, 0, sectors->len)) *
+                     SECTOR;
+    g_autoptr(BaleSimImage) out = NULL;
+
+    switch (kind) {
+    case DAMAGE_FLIP:
+        bale_sim_flip_bit(dev, at + g_rand_int_range(rand, 0, SECTOR),
+                          g_rand_int_range(rand, 0, 8));
+        break;
+    case DAMAGE_ZERO:
+        bale_sim_zero(dev, at, SECTOR);
+        break;
+    case DAMAGE_STALE: {
+        /* The history is the world's: find the old contents there. */
+        uint64_t block = at / 4096 * 4096;
+        uint8_t buf[4096];
+        g_autoptr(BaleSimImage) now = NULL;
+
+        bale_sim_stale(w->sim, block, 4096);
+        now = bale_sim_image(w->sim);
+        bale_sim_image_read(now, block, buf, sizeof(buf));
+        bale_sim_poke(dev, block, buf, sizeof(buf));
+        bale_sim_image_read(image, block, buf, sizeof(buf));
+        bale_sim_poke(w->sim, block, buf, sizeof(buf));
+        break;
+    }
+    case DAMAGE_SWAP:
+        bale_sim_swap(dev, at, other, SECTOR);
+        break;
+    case DAMAGE_DUPLICATE:
+        bale_sim_duplicate(dev, other, at, SECTOR);
+        break;
+    case DAMAGE_BLOCK_ZERO:
+        bale_sim_zero(dev, at / 4096 * 4096, 4096);
+        break;
+    }
+    out = bale_sim_image(dev);
+    bale_device_close(dev);
+    return bale_sim_image_equal(image, out) ? NULL : g_steal_pointer(&out);
+}
+
+static char *damage_try(World *w, BaleSimImage *image, bool clean,
+                        uint64_t *count, bool must_open)
+{
+    unsigned flags = VERIFY_DAMAGE | (must_open ? VERIFY_OPENS : 0) |
+                     (clean ? 0 : VERIFY_UNPROVEN);
+
+    ++*count;
+    return verify_image(w, image, bale_sim_events(w->sim), flags, NULL);
+}
+
+/* Cut at, and extended behind, each of a number of places. */
+static char *damage_size(Case *c, World *w, BaleSimImage *image, bool clean,
+                         uint64_t *count)
+{
+    uint64_t size = bale_sim_image_size(image);
+    BaleSimOptions options = { .no_history = true };
+    g_autoptr(GRand) rand = g_rand_new_with_seed(c->seed);
+    char *error = NULL;
+
+    for (int i = 0; !error && i < 24; i++) {
+        uint64_t to = i < 16 ? g_rand_double(rand) * (size / SECTOR) * SECTOR
+                             : size + ((uint64_t)SECTOR << i);
+        BaleDevice *dev = bale_sim_new_from_image(image, &options);
+        g_autoptr(BaleSimImage) damaged = NULL;
+        g_autofree char *detail = g_strdup_printf("size.%" PRIu64, to);
+
+        if (i == 0) {
+            to = 0;
+        }
+        bale_sim_resize(dev, to);
+        damaged = bale_sim_image(dev);
+        bale_device_close(dev);
+        if (!*c->detail || !strcmp(c->detail, detail)) {
+            error = damage_try(w, damaged, clean, count, to >= size);
+        }
+        if (error) {
+            g_strlcpy(c->detail, detail, sizeof(c->detail));
+        }
+    }
+    return error;
+}
+
+static char *damage_run(Case *c, uint64_t *count)
+{
+    char *error = NULL;
+    bool clean;
+    World *w = damage_world(c, &clean, &error);
+    g_autoptr(BaleSimImage) image = NULL;
+    GArray *sectors;
+
+    if (!w) {
+        return error;
+    }
+    image = bale_sim_image(w->sim);
+    sectors = damage_sectors(image);
+    for (int kind = 0; kind < DAMAGE_KINDS && !error; kind++) {
+        for (guint i = 0; i < sectors->len && !error; i++) {
+            uint64_t n = g_array_index(sectors, uint64_t, i);
+            g_autoptr(GRand) rand =
+                g_rand_new_with_seed(c->seed + n * DAMAGE_KINDS + kind);
+            g_autofree char *detail =
+                g_strdup_printf("%s.%" PRIu64, kinds[kind], n);
+            g_autoptr(BaleSimImage) damaged = NULL;
+
+            if (*c->detail && strcmp(c->detail, detail)) {
+                continue;
+            }
+            damaged = damage_apply(w, image, kind, sectors, n, rand);
+            if (!damaged) {
+                continue;
+            }
+            error = damage_try(w, damaged, clean, count, true);
+            if (error) {
+                g_strlcpy(c->detail, detail, sizeof(c->detail));
+                if (g_getenv("BALE_SIM_SAVE")) {
+                    bale_sim_image_save(damaged, g_getenv("BALE_SIM_SAVE"),
+                                        NULL);
+                }
+            }
+        }
+    }
+    if (!error) {
+        error = damage_size(c, w, image, clean, count);
+    }
+    if (error) {
+        g_autofree char *what = error;
+
+        error = broken_story(w, what);
+    }
+    g_array_free(sectors, TRUE);
+    world_free(w);
+    return error;
+}
+
+static bool damage_next(Case *c, uint64_t n, GRand *rand, bool all)
+{
+    sequence_sample(c, "damage", rand, 1, 5);
+    c->geo = &geometries[n % 3];
+    return true;
+}
+
+const Class class_damage = {
+    "damage", 6, "any sector is damaged", damage_run, damage_next,
+};
+
+/* --- superblocks --- */
+
+static void super_damage(BaleDevice *dev, unsigned copy, int how, GRand *rand)
+{
+    uint64_t at = (uint64_t)copy * SUPER_STRIDE;
+    uint8_t noise[SECTOR];
+
+    switch (how) {
+    case 0:
+        bale_sim_zero(dev, at, 4096);
+        break;
+    case 1:
+        bale_sim_flip_bit(dev, at + g_rand_int_range(rand, 0, SECTOR),
+                          g_rand_int_range(rand, 0, 8));
+        break;
+    case 2:
+        for (unsigned i = 0; i < SECTOR; i++) {
+            noise[i] = g_rand_int(rand);
+        }
+        bale_sim_poke(dev, at, noise, sizeof(noise));
+        break;
+    default:
+        /* Another copy, in the wrong place. */
+        bale_sim_duplicate(dev, (copy + 1) % SUPER_COPIES * SUPER_STRIDE, at,
+                           4096);
+        break;
+    }
+}
+
+static char *super_run(Case *c, uint64_t *count)
+{
+    char *error = NULL;
+    bool clean;
+    World *w = damage_world(c, &clean, &error);
+    g_autoptr(BaleSimImage) image = NULL;
+    g_autoptr(GRand) rand = g_rand_new_with_seed(c->seed);
+    BaleSimOptions options = { .no_history = true };
+
+    if (!w) {
+        return error;
+    }
+    image = bale_sim_image(w->sim);
+    /* Each set of copies that are damaged, but for none and all of them. */
+    for (unsigned set = 1; !error && set < (1u << SUPER_COPIES) - 1; set++) {
+        for (int how = 0; !error && how < 4; how++) {
+            BaleDevice *dev = bale_sim_new_from_image(image, &options);
+            g_autoptr(BaleSimImage) damaged = NULL;
+
+            for (unsigned copy = 0; copy < SUPER_COPIES; copy++) {
+                if (set & (1u << copy)) {
+                    super_damage(dev, copy, how, rand);
+                }
+            }
+            damaged = bale_sim_image(dev);
+            bale_device_close(dev);
+            ++*count;
+            /* Nothing but superblocks is damaged: all must be right. */
+            error = verify_image(w, damaged, bale_sim_events(w->sim),
+                                 VERIFY_DAMAGE | VERIFY_OPENS | VERIFY_GO_ON,
+                                 NULL);
+            if (error) {
+                g_autofree char *what = error;
+                g_autofree char *text =
+                    g_strdup_printf("superblocks %#x damaged (%d): %s", set,
+                                    how, what);
+
+                error = broken_story(w, text);
+            }
+        }
+    }
+    world_free(w);
+    return error;
+}
+
+static bool super_next(Case *c, uint64_t n, GRand *rand, bool all)
+{
+    sequence_sample(c, "super", rand, 1, 5);
+    return true;
+}
+
+const Class class_super = {
+    "super", 7, "all but one superblock copy damaged", super_run, super_next,
+};

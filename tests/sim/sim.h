@@ -1,0 +1,199 @@
+/*
+ * What the parts of the simulator share.
+ *
+ *     oracle.c    what may be read, now and after a crash, sector by sector
+ *     world.c     a small store on a simulated device; its workloads
+ *     verify.c    recover a device's contents and compare with the oracle
+ *     crash.c     power cuts at any moment, also inside recovery
+ *     fault.c     errors of the device and of the allocator
+ *     damage.c    damaged sectors and superblocks
+ *     model.c     parallel requests, checkpoints and crashes, at random
+ *     main.c      options, cases, budgets, results
+ *
+ * A case is a line of text, CLASS/GEOMETRY/START/STEPS/SEED[/DETAIL], and
+ * always runs the same steps.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#ifndef TESTS_SIM_H
+#define TESTS_SIM_H
+
+#include <glib.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "extstore/device-sim.h"
+#include "extstore/store.h"
+
+#define SECTOR 512u
+#define EVENT_NEVER UINT64_MAX
+#define NOW UINT64_MAX
+#define STEPS_MAX 64
+
+/* --- the oracle --- */
+
+/* Contents of a sector: a number, which world.c turns into bytes. */
+#define VALUE_ZERO 0u
+#define VALUE_BACKING 1u
+#define VALUE_FIRST 2u
+#define VALUE_UNKNOWN UINT32_MAX /* bytes that nobody ever wrote */
+
+typedef struct Oracle Oracle;
+
+/* Everything reads as zeroes, durably; @sectors is the most there will be. */
+Oracle *oracle_new(unsigned sectors);
+void oracle_free(Oracle *o);
+/* Names for the two further things that an oracle follows. */
+unsigned oracle_size(Oracle *o); /* the image's size in sectors */
+unsigned oracle_name(Oracle *o); /* number of the backing file's name */
+
+/* All that is there: what was said before is forgotten. */
+void oracle_reset(Oracle *o, unsigned track, uint32_t value);
+/*
+ * @n tracks from @first on are about to become @value; @event is the device's
+ * event count.  Returns the moment, which oracle_end() takes.
+ */
+uint64_t oracle_begin(Oracle *o, unsigned first, unsigned n, uint32_t value,
+                      uint64_t event);
+/* That has ended; with @durable not EVENT_NEVER it survives from there on. */
+void oracle_end(Oracle *o, unsigned first, unsigned n, uint64_t begun,
+                bool ok, uint64_t durable);
+/* The moment now, to be passed to oracle_flushed() later. */
+uint64_t oracle_moment(Oracle *o);
+/* All that had ended at @moment survives any crash from @event on. */
+void oracle_flushed(Oracle *o, uint64_t moment, uint64_t event);
+/*
+ * May @track be @value after a crash at @event?  NOW: may a reader see it that
+ * began at @moment (and ends now)?
+ */
+bool oracle_allows(Oracle *o, unsigned track, uint32_t value, uint64_t event,
+                   uint64_t moment);
+/* The same for now, as if nothing had been acknowledged after @proven. */
+bool oracle_allows_unproven(Oracle *o, unsigned track, uint32_t value,
+                            uint64_t proven);
+/* What it may be, as text. */
+char *oracle_describe(Oracle *o, unsigned track, uint64_t event);
+
+/* --- a store and what is done to it --- */
+
+typedef struct Geometry {
+    const char *name;
+    uint32_t cluster_size;
+    BaleCodec codec;
+    unsigned clusters;  /* of the image at first, less 3 sectors */
+    unsigned max;       /* clusters it may grow to */
+    bool backing;       /* something lies under it */
+} Geometry;
+
+extern const Geometry geometries[];
+extern const unsigned geometry_count;
+
+typedef struct Case {
+    char class_name[16];
+    const Geometry *geo;
+    char start[16];     /* fresh, closed, active */
+    char steps[STEPS_MAX + 1];
+    uint64_t seed;
+    char detail[64];    /* restricts a class to one of its states; or empty */
+} Case;
+
+/* NULL with @c filled in, or what is wrong.  The inverse: newly allocated. */
+char *case_parse(Case *c, const char *text);
+char *case_text(const Case *c, const char *detail);
+
+/* The letters of all steps, and of those that are enumerated. */
+#define STEPS_ENUMERATED "wopzdfuksgcbr"
+#define STEPS_SAMPLED "wopzdfuksgcbrwophhhqyf"
+const char *step_describe(char step);
+
+typedef struct World {
+    const Geometry *geo;
+    unsigned cluster_sectors, max_sectors, backing_sectors;
+    BaleDevice *sim;    /* NULL once it was taken */
+    BaleStore *store;   /* NULL: not open */
+    BaleImage *image;
+    Oracle *oracle;
+    uint32_t next_value;
+    uint8_t *buf;       /* max_sectors long */
+    GString *story;     /* NULL: nobody wants it */
+    unsigned workers;
+    uint64_t proven_event; /* what was flushed by then is proven */
+    gint complaints;    /* damage that the store has reported */
+    gint failures;      /* times that it said it was poisoned */
+    char *error;        /* the first broken promise */
+} World;
+
+/* @sim is transferred.  Nothing is opened. */
+World *world_new(const Geometry *geo, BaleDevice *sim);
+void world_free(World *w);
+/* Create the store, bring it where @c->start says, forget how it came there. */
+bool world_start(World *w, const Case *c);
+bool world_open(World *w);
+/* False if not everything was made durable. */
+bool world_close(World *w);
+/* Do one step.  False if the store refused it. */
+bool world_step(World *w, char step);
+/* Read all that can be read and compare; @errors_allowed: -EIO is fine. */
+void world_read(World *w, bool errors_allowed);
+void world_broken(World *w, const char *fmt, ...) G_GNUC_PRINTF(2, 3);
+void world_fill(const World *w, uint8_t *buf, unsigned sector, unsigned n,
+                uint32_t value);
+uint32_t world_value(const World *w, const uint8_t *buf, unsigned sector);
+bool world_poisoned(World *w);
+const char *backing_name(uint32_t number);
+uint32_t backing_number(const char *name);
+
+/* --- recovering and comparing --- */
+
+typedef struct Observed {
+    uint32_t size;    /* sectors */
+    uint32_t name;
+    uint32_t *value;  /* of each */
+    bool *error;      /* read with EIO */
+} Observed;
+
+typedef enum VerifyFlags {
+    VERIFY_DAMAGE = 1 << 0,   /* errors are fine, if they are reported */
+    VERIFY_UNPROVEN = 1 << 1, /* with DAMAGE: what no barrier proves yet (see
+                               * proven_event) may be lost */
+    VERIFY_GO_ON = 1 << 2,    /* write, flush, close, reopen, too */
+    VERIFY_OPENS = 1 << 3,    /* with DAMAGE: open may not fail */
+} VerifyFlags;
+
+/*
+ * Open what @image holds and compare with @w's oracle at @event.  NULL, or
+ * what is wrong, newly allocated.  @out may be NULL; else observed_clear().
+ */
+char *verify_image(World *w, BaleSimImage *image, uint64_t event,
+                   unsigned flags, Observed *out);
+void observed_clear(Observed *o);
+
+/* --- classes --- */
+
+typedef struct Class {
+    const char *name;
+    int number;         /* in design/durability.md */
+    const char *what;
+    /* Run one case; adds to *@count the states it looked at.  NULL, or what
+     * is wrong, newly allocated; then @c->detail may be made narrower. */
+    char *(*run)(Case *c, uint64_t *count);
+    /* The @n-th case to run; false: there are no more. */
+    bool (*next)(Case *c, uint64_t n, GRand *rand, bool all);
+} Class;
+
+extern const Class class_crash, class_recovery, class_fault, class_flush,
+    class_memory, class_damage, class_super, class_model;
+
+extern bool verbose;  /* print the story of each case */
+
+/* Sequences: all up to length 3 in an order of @rand's, then samples. */
+bool sequence_next(Case *c, const char *class_name, uint64_t n, GRand *rand,
+                   bool all);
+/* A sample of @min to @max steps. */
+void sequence_sample(Case *c, const char *class_name, GRand *rand,
+                     unsigned min, unsigned max);
+char *broken_story(World *w, const char *what);
+
+#endif

@@ -1,0 +1,178 @@
+/*
+ * Recover what a device holds, and compare it with the oracle.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "sim.h"
+
+#include <errno.h>
+#include <string.h>
+
+/* Superblock copies that a crash may have torn: one round writes two. */
+#define TORN_SUPERS_MAX 2
+
+void observed_clear(Observed *o)
+{
+    g_free(o->value);
+    g_free(o->error);
+    memset(o, 0, sizeof(*o));
+}
+
+static bool allowed(World *w, unsigned track, uint32_t value, uint64_t event,
+                    unsigned flags)
+{
+    return (flags & VERIFY_UNPROVEN)
+               ? oracle_allows_unproven(w->oracle, track, value,
+                                        w->proven_event)
+               : oracle_allows(w->oracle, track, value, event, 0);
+}
+
+static char *refused(World *w, unsigned track, const char *what,
+                     uint32_t value, uint64_t event)
+{
+    g_autofree char *may = oracle_describe(w->oracle, track, event);
+
+    return g_strdup_printf("%s: %" PRIu32 ", should be %s", what, value, may);
+}
+
+/* Everything that can be read, into @out; what is wrong with it. */
+static char *observe(World *w, World *v, uint64_t event, unsigned flags,
+                     Observed *out)
+{
+    unsigned c = w->cluster_sectors;
+    BaleImageInfo info;
+
+    bale_image_get_info(v->image, &info);
+    out->size = info.size / SECTOR;
+    out->name = backing_number(info.backing_file);
+    out->value = g_new0(uint32_t, w->max_sectors);
+    out->error = g_new0(bool, w->max_sectors);
+    if (!allowed(w, oracle_size(w->oracle), out->size, event, flags)) {
+        return refused(w, oracle_size(w->oracle), "sectors of the image",
+                       out->size, event);
+    }
+    if (!allowed(w, oracle_name(w->oracle), out->name, event, flags)) {
+        return refused(w, oracle_name(w->oracle), "name of the backing file",
+                       out->name, event);
+    }
+    for (unsigned first = 0; first < out->size; first += c) {
+        unsigned n = MIN(c, out->size - first);
+        int before = g_atomic_int_get(&v->complaints);
+        int ret = bale_image_read_sync(v->image, (uint64_t)first * SECTOR,
+                                       v->buf, n * SECTOR);
+
+        if (ret < 0 && !(flags & VERIFY_DAMAGE)) {
+            return g_strdup_printf("reading sector %u: %s", first,
+                                   g_strerror(-ret));
+        }
+        if (ret < 0 && ret != -EIO) {
+            return g_strdup_printf("reading damage at sector %u: %s and not "
+                                   "EIO", first, g_strerror(-ret));
+        }
+        if (ret < 0 && g_atomic_int_get(&v->complaints) == before) {
+            return g_strdup_printf("damage at sector %u was not reported",
+                                   first);
+        }
+        for (unsigned i = first; i < first + n; i++) {
+            out->error[i] = ret < 0;
+            if (ret < 0) {
+                continue;
+            }
+            out->value[i] = world_value(w, v->buf + (i - first) * SECTOR, i);
+            if (!allowed(w, i, out->value[i], event, flags)) {
+                g_autofree char *what = g_strdup_printf("sector %u", i);
+
+                return refused(w, i, what, out->value[i], event);
+            }
+        }
+    }
+    return NULL;
+}
+
+static char *check(World *v, unsigned flags)
+{
+    g_autoptr(GError) err = NULL;
+    BaleCheckResult result;
+
+    if (!bale_store_check(v->store, BALE_CHECK_DATA, NULL, NULL, &result,
+                          &err)) {
+        return g_strdup_printf("check: %s", err->message);
+    }
+    if (result.wrong_counters) {
+        return g_strdup_printf("check: %" PRIu64 " wrong counters",
+                               result.wrong_counters);
+    }
+    if (!(flags & VERIFY_DAMAGE) &&
+        (result.damaged || result.bad_superblocks > TORN_SUPERS_MAX)) {
+        return g_strdup_printf("check: %" PRIu64 " damaged, %" PRIu64
+                               " bad superblocks", result.damaged,
+                               result.bad_superblocks);
+    }
+    return NULL;
+}
+
+/* The recovered store is a store like any other. */
+static char *go_on(World *w, World *v, const Observed *was)
+{
+    for (unsigned i = 0; i < w->max_sectors; i++) {
+        oracle_reset(v->oracle, i, i < was->size ? was->value[i]
+                                                 : VALUE_ZERO);
+    }
+    oracle_reset(v->oracle, oracle_size(v->oracle), was->size);
+    oracle_reset(v->oracle, oracle_name(v->oracle), was->name);
+    v->next_value = w->next_value + 100;
+    if (!world_step(v, 'p') || !world_step(v, 'f') || !world_step(v, 'q') ||
+        !world_step(v, 'r')) {
+        return g_strdup("the recovered store does not go on");
+    }
+    world_read(v, false);
+    return v->error ? g_strdup_printf("after going on: %s", v->error)
+                    : check(v, 0);
+}
+
+static char *verify_open(World *w, World *v, uint64_t event, unsigned flags,
+                         Observed *out)
+{
+    g_autofree char *error = NULL;
+
+    error = observe(w, v, event, flags, out);
+    if (!error) {
+        error = check(v, flags);
+    }
+    if (!error && v->complaints && !(flags & VERIFY_DAMAGE)) {
+        error = g_strdup("recovery reports damage");
+    }
+    if (!error && v->failures) {
+        error = g_strdup("the store was poisoned by reading");
+    }
+    if (!error && (flags & VERIFY_GO_ON)) {
+        error = go_on(w, v, out);
+    }
+    return g_steal_pointer(&error);
+}
+
+char *verify_image(World *w, BaleSimImage *image, uint64_t event,
+                   unsigned flags, Observed *out)
+{
+    BaleSimOptions options = { .no_history = true };
+    World *v = world_new(w->geo,
+                         bale_sim_new_from_image(image, &options));
+    Observed own = { .size = 0 };
+    char *error = NULL;
+
+    out = out ? out : &own;
+    memset(out, 0, sizeof(*out));
+    if (verbose) {
+        v->story = g_string_new(NULL);
+    }
+    if (world_open(v)) {
+        error = verify_open(w, v, event, flags, out);
+    } else if (!(flags & VERIFY_DAMAGE) || (flags & VERIFY_OPENS)) {
+        error = g_strdup_printf("the store does not open%s%s",
+                                v->story ? ": " : "",
+                                v->story ? v->story->str : "");
+    }
+    observed_clear(&own);
+    world_free(v);
+    return error;
+}

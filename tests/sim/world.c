@@ -1,0 +1,673 @@
+/*
+ * A small store on a simulated device, and what is done to it.
+ *
+ * The contents of a sector are made from its number and a value, so that a
+ * sector that is read tells which write it came from, or that it came from
+ * none.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "sim.h"
+
+#include <errno.h>
+#include <string.h>
+
+#define BACKING_NAMES 8u
+
+const Geometry geometries[] = {
+    { "small", 4096, BALE_CODEC_ZSTD, 6, 8, false },
+    { "backed", 4096, BALE_CODEC_DEFLATE, 6, 8, true },
+    { "middle", 16384, BALE_CODEC_ZSTD, 6, 8, true },
+    /* A few writes fill a page, so that pages are freed and used again. */
+    { "pages", 262144, BALE_CODEC_NONE, 5, 6, false },
+    { "pages-backed", 262144, BALE_CODEC_NONE, 5, 6, true },
+};
+const unsigned geometry_count = G_N_ELEMENTS(geometries);
+
+/* --- contents --- */
+
+static uint64_t mix(uint64_t x)
+{
+    x += 0x9e3779b97f4a7c15;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+    return x ^ (x >> 31);
+}
+
+static void fill_sector(uint8_t *buf, unsigned sector, uint32_t value)
+{
+    uint64_t *words = (uint64_t *)buf;
+
+    if (value == VALUE_ZERO) {
+        memset(buf, 0, SECTOR);
+        return;
+    }
+    words[0] = 0x726f746365732121;
+    words[1] = sector;
+    words[2] = value;
+    /* Odd values compress, even ones hardly. */
+    for (unsigned i = 3; i < SECTOR / 8; i++) {
+        words[i] = mix((uint64_t)sector << 40 | (uint64_t)value << 8 |
+                       (value % 2 ? 0 : i));
+    }
+}
+
+void world_fill(const World *w, uint8_t *buf, unsigned sector, unsigned n,
+                uint32_t value)
+{
+    for (unsigned i = 0; i < n; i++) {
+        uint32_t v = value == VALUE_BACKING &&
+                             sector + i >= w->backing_sectors
+                         ? VALUE_ZERO
+                         : value;
+
+        fill_sector(buf + i * SECTOR, sector + i, v);
+    }
+}
+
+uint32_t world_value(const World *w, const uint8_t *buf, unsigned sector)
+{
+    uint64_t expect[SECTOR / 8], words[3];
+
+    memcpy(words, buf, sizeof(words));
+    if (words[0] == 0) {
+        fill_sector((uint8_t *)expect, sector, VALUE_ZERO);
+        return memcmp(buf, expect, SECTOR) ? VALUE_UNKNOWN : VALUE_ZERO;
+    }
+    if (words[1] != sector || words[2] >= VALUE_UNKNOWN) {
+        return VALUE_UNKNOWN;
+    }
+    fill_sector((uint8_t *)expect, sector, words[2]);
+    return memcmp(buf, expect, SECTOR) ? VALUE_UNKNOWN : words[2];
+}
+
+const char *backing_name(uint32_t number)
+{
+    static const char *names[BACKING_NAMES] = {
+        "", "one.qcow2", "two.qcow2", "three.qcow2", "four.qcow2",
+        "five.qcow2", "six.qcow2", "seven.qcow2",
+    };
+
+    return names[number % BACKING_NAMES];
+}
+
+uint32_t backing_number(const char *name)
+{
+    for (uint32_t i = 0; i < BACKING_NAMES; i++) {
+        if (!strcmp(name, backing_name(i))) {
+            return i;
+        }
+    }
+    return VALUE_UNKNOWN;
+}
+
+/* --- cases --- */
+
+char *case_parse(Case *c, const char *text)
+{
+    g_auto(GStrv) part = g_strsplit(text, "/", 6);
+    unsigned n = g_strv_length(part);
+
+    memset(c, 0, sizeof(*c));
+    if (n < 5) {
+        return g_strdup("a case is CLASS/GEOMETRY/START/STEPS/SEED[/DETAIL]");
+    }
+    g_strlcpy(c->class_name, part[0], sizeof(c->class_name));
+    for (unsigned i = 0; i < geometry_count; i++) {
+        if (!strcmp(part[1], geometries[i].name)) {
+            c->geo = &geometries[i];
+        }
+    }
+    if (!c->geo) {
+        return g_strdup_printf("no geometry is called '%s'", part[1]);
+    }
+    g_strlcpy(c->start, part[2], sizeof(c->start));
+    if (strlen(part[3]) > STEPS_MAX) {
+        return g_strdup_printf("more than %d steps", STEPS_MAX);
+    }
+    g_strlcpy(c->steps, part[3], sizeof(c->steps));
+    for (const char *p = c->steps; *p; p++) {
+        if (!step_describe(*p)) {
+            return g_strdup_printf("no step is called '%c'", *p);
+        }
+    }
+    c->seed = g_ascii_strtoull(part[4], NULL, 0);
+    g_strlcpy(c->detail, n > 5 ? g_strchomp(part[5]) : "",
+              sizeof(c->detail));
+    return NULL;
+}
+
+char *case_text(const Case *c, const char *detail)
+{
+    return g_strdup_printf("%s/%s/%s/%s/%" PRIu64 "%s%s", c->class_name,
+                           c->geo->name, c->start, c->steps, c->seed,
+                           detail && *detail ? "/" : "",
+                           detail ? detail : "");
+}
+
+/* --- a device that outlives the store --- */
+
+typedef struct Shim {
+    BaleDevice dev;
+    BaleDevice *sim;
+} Shim;
+
+static BaleDevice *shim_sim(BaleDevice *dev)
+{
+    return ((Shim *)dev)->sim;
+}
+
+static void shim_destroy(BaleDevice *dev)
+{
+    g_free(dev);
+}
+
+static void shim_get_info(BaleDevice *dev, BaleDeviceInfo *info)
+{
+    shim_sim(dev)->ops->get_info(shim_sim(dev), info);
+}
+
+static int shim_allocate(BaleDevice *dev, uint64_t offset, uint64_t len)
+{
+    return shim_sim(dev)->ops->allocate(shim_sim(dev), offset, len);
+}
+
+static int shim_release(BaleDevice *dev, uint64_t offset, uint64_t len)
+{
+    return shim_sim(dev)->ops->release(shim_sim(dev), offset, len);
+}
+
+static int shim_truncate(BaleDevice *dev, uint64_t size)
+{
+    return shim_sim(dev)->ops->truncate(shim_sim(dev), size);
+}
+
+static void shim_store(BaleDevice *dev, BaleDeviceIo *io)
+{
+    shim_sim(dev)->ops->store(shim_sim(dev), io);
+}
+
+static void shim_get(BaleDevice *dev, BaleDeviceIo *io)
+{
+    shim_sim(dev)->ops->get(shim_sim(dev), io);
+}
+
+static void shim_flush(BaleDevice *dev, BaleDeviceIo *io)
+{
+    shim_sim(dev)->ops->flush(shim_sim(dev), io);
+}
+
+static void shim_get_stats(BaleDevice *dev, BaleDeviceStats *stats)
+{
+    shim_sim(dev)->ops->get_stats(shim_sim(dev), stats);
+}
+
+static void shim_reset_stats(BaleDevice *dev)
+{
+    shim_sim(dev)->ops->reset_stats(shim_sim(dev));
+}
+
+static int shim_command(BaleDevice *dev, const char *command, char **reply)
+{
+    return shim_sim(dev)->ops->command(shim_sim(dev), command, reply);
+}
+
+static const BaleDeviceOps shim_ops = {
+    .interface_version = BALE_DEVICE_INTERFACE,
+    .destroy = shim_destroy,
+    .get_info = shim_get_info,
+    .allocate = shim_allocate,
+    .release = shim_release,
+    .truncate = shim_truncate,
+    .store = shim_store,
+    .get = shim_get,
+    .flush = shim_flush,
+    .get_stats = shim_get_stats,
+    .reset_stats = shim_reset_stats,
+    .command = shim_command,
+};
+
+static BaleDevice *shim_new(BaleDevice *sim)
+{
+    Shim *shim = g_new0(Shim, 1);
+
+    shim->dev.ops = &shim_ops;
+    shim->sim = sim;
+    return &shim->dev;
+}
+
+/* --- the store --- */
+
+World *world_new(const Geometry *geo, BaleDevice *sim)
+{
+    World *w = g_new0(World, 1);
+
+    w->geo = geo;
+    w->cluster_sectors = geo->cluster_size / SECTOR;
+    w->max_sectors = geo->max * w->cluster_sectors;
+    w->backing_sectors =
+        geo->backing ? (geo->clusters - 1) * w->cluster_sectors - 1 : 0;
+    w->sim = sim;
+    w->oracle = oracle_new(w->max_sectors);
+    w->next_value = VALUE_FIRST;
+    w->buf = g_malloc((size_t)w->max_sectors * SECTOR);
+    w->workers = 1;
+    return w;
+}
+
+void world_free(World *w)
+{
+    if (w->store) {
+        world_close(w);
+    }
+    bale_device_close(w->sim);
+    oracle_free(w->oracle);
+    g_free(w->buf);
+    g_free(w->error);
+    if (w->story) {
+        g_string_free(w->story, TRUE);
+    }
+    g_free(w);
+}
+
+static void world_tell(World *w, const char *fmt, ...) G_GNUC_PRINTF(2, 3);
+
+static void world_tell(World *w, const char *fmt, ...)
+{
+    va_list ap;
+
+    if (w->story) {
+        va_start(ap, fmt);
+        g_string_append_vprintf(w->story, fmt, ap);
+        va_end(ap);
+    }
+}
+
+void world_broken(World *w, const char *fmt, ...)
+{
+    va_list ap;
+
+    if (!w->error) {
+        va_start(ap, fmt);
+        w->error = g_strdup_vprintf(fmt, ap);
+        va_end(ap);
+        world_tell(w, "  BROKEN: %s\n", w->error);
+    }
+}
+
+static void world_damage(void *opaque, const char *what)
+{
+    World *w = opaque;
+
+    g_atomic_int_inc(&w->complaints);
+}
+
+static void world_failed(void *opaque, const char *what)
+{
+    World *w = opaque;
+
+    g_atomic_int_inc(&w->failures);
+}
+
+static void world_backing_read(void *opaque, uint64_t offset, void *buf,
+                               size_t len, BaleDone *done, void *done_opaque)
+{
+    World *w = opaque;
+    unsigned first = offset / SECTOR;
+    unsigned n = (offset + len + SECTOR - 1) / SECTOR - first;
+    g_autofree uint8_t *sectors = g_malloc(n * SECTOR);
+
+    world_fill(w, sectors, first, n, VALUE_BACKING);
+    memcpy(buf, sectors + offset % SECTOR, len);
+    done(done_opaque, 0);
+}
+
+bool world_open(World *w)
+{
+    BaleOpenOptions o = { .workers = w->workers,
+                          .cache_size = 2 * w->geo->cluster_size,
+                          .failed = world_failed,
+                          .damage = world_damage,
+                          .notify_opaque = w };
+    BaleDevice *shim = shim_new(w->sim);
+    g_autoptr(GError) err = NULL;
+
+    w->store = bale_store_open(shim, &o, &err);
+    if (!w->store) {
+        world_tell(w, "  open: %s\n", err->message);
+        shim_destroy(shim);
+        return false;
+    }
+    w->image = bale_image_open(w->store, NULL, &err);
+    g_assert_no_error(err);
+    if (w->geo->backing) {
+        bale_image_set_backing_read(w->image, world_backing_read, w);
+    }
+    return true;
+}
+
+bool world_close(World *w)
+{
+    uint64_t moment = oracle_moment(w->oracle);
+    g_autoptr(GError) err = NULL;
+    bool ok;
+
+    bale_image_close(w->image);
+    ok = bale_store_close(w->store, &err);
+    if (ok) {
+        oracle_flushed(w->oracle, moment, bale_sim_events(w->sim));
+    } else {
+        world_tell(w, "  close: %s\n", err->message);
+    }
+    w->store = NULL;
+    w->image = NULL;
+    return ok;
+}
+
+bool world_poisoned(World *w)
+{
+    BaleStoreInfo info;
+
+    bale_store_get_info(w->store, &info);
+    return info.poisoned;
+}
+
+/* --- steps --- */
+
+const char *step_describe(char step)
+{
+    switch (step) {
+    case 'w': return "write the first two clusters";
+    case 'o': return "overwrite the second cluster, write the third";
+    case 'p': return "write sectors across a cluster boundary";
+    case 'q': return "write sectors at the image's end";
+    case 'h': return "write the whole image";
+    case 'z': return "zero sectors and a whole cluster";
+    case 'y': return "zero the second cluster";
+    case 'd': return "discard three clusters";
+    case 'f': return "flush";
+    case 'u': return "write two sectors with FUA";
+    case 'k': return "checkpoint";
+    case 's': return "shrink to two and a half clusters";
+    case 'g': return "grow by more than a cluster";
+    case 'c': return "clear";
+    case 'b': return "change the backing file's name";
+    case 'r': return "close and open again";
+    case 'x': return "read everything";
+    default: return NULL;
+    }
+}
+
+typedef struct Range {
+    unsigned first, n;
+} Range;
+
+static Range step_range(World *w, char step)
+{
+    unsigned c = w->cluster_sectors;
+    unsigned size = bale_image_size(w->image) / SECTOR;
+    Range r = { 0, 0 };
+
+    switch (step) {
+    case 'w': r = (Range){ 0, 2 * c }; break;
+    case 'o': r = (Range){ c, 2 * c }; break;
+    case 'p': r = (Range){ c / 2 + 1, c - 2 }; break;
+    case 'q': r = (Range){ size > 3 ? size - 3 : 0, 2 }; break;
+    case 'h': r = (Range){ 0, size }; break;
+    case 'z': r = (Range){ c / 2, 2 * c }; break;
+    case 'y': r = (Range){ c, c }; break;
+    case 'd': r = (Range){ c, 3 * c }; break;
+    case 'u': r = (Range){ 2 * c + 1, 2 }; break;
+    }
+    if (r.first >= size) {
+        return (Range){ 0, 0 };
+    }
+    r.n = MIN(r.n, size - r.first);
+    return r;
+}
+
+static int step_request(World *w, char step)
+{
+    bool zero = step == 'z' || step == 'y' || step == 'd';
+    Range r = step_range(w, step);
+    uint32_t value = zero ? VALUE_ZERO : w->next_value++;
+    uint64_t begun, offset = (uint64_t)r.first * SECTOR;
+    uint64_t len = (uint64_t)r.n * SECTOR;
+    int ret;
+
+    if (r.n == 0) {
+        return 0;
+    }
+    begun = oracle_begin(w->oracle, r.first, r.n, value,
+                         bale_sim_events(w->sim));
+    if (zero) {
+        ret = bale_image_zero_sync(w->image, offset, len,
+                                   step == 'd' ? BALE_DISCARD : 0);
+    } else {
+        world_fill(w, w->buf, r.first, r.n, value);
+        ret = bale_image_write_sync(w->image, offset, w->buf, len,
+                                    step == 'u' ? BALE_FUA : 0);
+    }
+    oracle_end(w->oracle, r.first, r.n, begun, ret == 0,
+               step == 'u' ? bale_sim_events(w->sim) : EVENT_NEVER);
+    if (step == 'u' && ret == 0) {
+        oracle_flushed(w->oracle, begun - 1, bale_sim_events(w->sim));
+    }
+    world_tell(w, "    sectors %u to %u become %" PRIu32 "\n", r.first,
+               r.first + r.n - 1, value);
+    return ret;
+}
+
+static bool step_resize(World *w, char step)
+{
+    Oracle *o = w->oracle;
+    unsigned c = w->cluster_sectors;
+    unsigned old = bale_image_size(w->image) / SECTOR;
+    unsigned new = step == 's' ? MIN(old, 2 * c + c / 2)
+                               : MIN(w->max_sectors, old + c + 2);
+    unsigned from = MIN(old, new), n = MAX(old, new) - from;
+    uint64_t event = bale_sim_events(w->sim), begun, begun_size;
+    g_autoptr(GError) err = NULL;
+    bool ok;
+
+    begun_size = oracle_begin(o, oracle_size(o), 1, new, event);
+    begun = oracle_begin(o, from, n, VALUE_ZERO, event);
+    ok = bale_image_resize(w->image, (uint64_t)new * SECTOR, &err);
+    event = bale_sim_events(w->sim);
+    oracle_end(o, from, n, begun, ok, event);
+    oracle_end(o, oracle_size(o), 1, begun_size, ok, event);
+    world_tell(w, "    from %u to %u sectors\n", old, new);
+    return ok;
+}
+
+static bool step_clear(World *w)
+{
+    Oracle *o = w->oracle;
+    uint64_t event = bale_sim_events(w->sim), begun, begun_end;
+    unsigned size = bale_image_size(w->image) / SECTOR;
+    unsigned under = MIN(w->backing_sectors, size);
+    g_autoptr(GError) err = NULL;
+    bool ok;
+
+    begun = oracle_begin(o, 0, under, VALUE_BACKING, event);
+    begun_end = oracle_begin(o, under, size - under, VALUE_ZERO, event);
+    ok = bale_image_clear(w->image, &err);
+    event = bale_sim_events(w->sim);
+    oracle_end(o, 0, under, begun, ok, event);
+    oracle_end(o, under, size - under, begun_end, ok, event);
+    return ok;
+}
+
+static bool step_backing(World *w)
+{
+    Oracle *o = w->oracle;
+    uint32_t name = 1 + w->next_value++ % (BACKING_NAMES - 1);
+    uint64_t begun = oracle_begin(o, oracle_name(o), 1, name,
+                                  bale_sim_events(w->sim));
+    g_autoptr(GError) err = NULL;
+    bool ok;
+
+    ok = bale_image_set_backing(w->image, backing_name(name), "qcow2", &err);
+    oracle_end(o, oracle_name(o), 1, begun, ok, bale_sim_events(w->sim));
+    return ok;
+}
+
+static bool step_barrier(World *w, char step)
+{
+    uint64_t moment = oracle_moment(w->oracle);
+    g_autoptr(GError) err = NULL;
+    bool ok = step == 'f' ? bale_store_flush_sync(w->store) == 0
+                          : bale_store_checkpoint(w->store, &err);
+
+    if (ok) {
+        oracle_flushed(w->oracle, moment, bale_sim_events(w->sim));
+    }
+    return ok;
+}
+
+bool world_step(World *w, char step)
+{
+    bool ok;
+
+    world_tell(w, "  %c: %s (event %" PRIu64 ")\n", step, step_describe(step),
+               bale_sim_events(w->sim));
+    switch (step) {
+    case 'f':
+    case 'k':
+        ok = step_barrier(w, step);
+        break;
+    case 's':
+    case 'g':
+        ok = step_resize(w, step);
+        break;
+    case 'c':
+        ok = step_clear(w);
+        break;
+    case 'b':
+        ok = step_backing(w);
+        break;
+    case 'r':
+        ok = world_close(w);
+        ok = world_open(w) && ok;
+        break;
+    case 'x':
+        world_read(w, false);
+        ok = true;
+        break;
+    default:
+        ok = step_request(w, step) == 0;
+        break;
+    }
+    if (!ok) {
+        world_tell(w, "    refused\n");
+    }
+    return ok;
+}
+
+void world_read(World *w, bool errors_allowed)
+{
+    unsigned size = bale_image_size(w->image) / SECTOR;
+    unsigned c = w->cluster_sectors;
+    uint64_t moment = oracle_moment(w->oracle);
+
+    if (!oracle_allows(w->oracle, oracle_size(w->oracle), size, NOW,
+                       moment)) {
+        world_broken(w, "the image has %u sectors", size);
+        return;
+    }
+    for (unsigned first = 0; first < size; first += c) {
+        unsigned n = MIN(c, size - first);
+        int ret = bale_image_read_sync(w->image, (uint64_t)first * SECTOR,
+                                       w->buf, n * SECTOR);
+
+        if (ret < 0) {
+            if (!errors_allowed) {
+                world_broken(w, "reading sector %u: %s", first,
+                             g_strerror(-ret));
+            }
+            continue;
+        }
+        for (unsigned i = first; i < first + n; i++) {
+            uint32_t value = world_value(w, w->buf + (i - first) * SECTOR, i);
+
+            if (!oracle_allows(w->oracle, i, value, NOW, moment)) {
+                g_autofree char *may = oracle_describe(w->oracle, i, NOW);
+
+                world_broken(w, "sector %u reads as %" PRIu32
+                             " and should be %s", i, value, may);
+                return;
+            }
+        }
+    }
+}
+
+/* --- the start of a case --- */
+
+static void world_reset_oracle(World *w)
+{
+    unsigned size = bale_image_size(w->image) / SECTOR;
+    BaleImageInfo info;
+
+    bale_image_get_info(w->image, &info);
+    oracle_reset(w->oracle, oracle_size(w->oracle), size);
+    oracle_reset(w->oracle, oracle_name(w->oracle),
+                 backing_number(info.backing_file));
+    for (unsigned i = 0; i < w->max_sectors; i++) {
+        uint32_t value = VALUE_ZERO;
+
+        if (i < size && bale_image_read_sync(w->image, (uint64_t)i * SECTOR,
+                                             w->buf, SECTOR) == 0) {
+            value = world_value(w, w->buf, i);
+        }
+        oracle_reset(w->oracle, i, value);
+    }
+}
+
+bool world_start(World *w, const Case *c)
+{
+    BaleCreateOptions o = {
+        .size = ((uint64_t)w->geo->clusters * w->cluster_sectors - 3) * SECTOR,
+        .cluster_size = w->geo->cluster_size,
+        .page_size = BALE_PAGE_SIZE_UNIT,
+        .codec = w->geo->codec,
+        .backing_file = w->geo->backing ? backing_name(1) : NULL,
+    };
+    g_autoptr(GError) err = NULL;
+    bool ok = true;
+
+    world_tell(w, "start: %s\n", c->start);
+    if (!bale_store_create(w->sim, &o, &err)) {
+        world_broken(w, "create: %s", err->message);
+        return false;
+    }
+    if (!world_open(w)) {
+        world_broken(w, "the new store does not open");
+        return false;
+    }
+    for (unsigned i = 0; i < w->max_sectors; i++) {
+        oracle_reset(w->oracle, i,
+                     i < w->backing_sectors ? VALUE_BACKING : VALUE_ZERO);
+    }
+    oracle_reset(w->oracle, oracle_size(w->oracle), o.size / SECTOR);
+    oracle_reset(w->oracle, oracle_name(w->oracle), w->geo->backing ? 1 : 0);
+    if (!strcmp(c->start, "closed")) {
+        ok = world_step(w, 'h') && world_step(w, 'y') && world_step(w, 'r');
+    } else if (!strcmp(c->start, "active")) {
+        ok = world_step(w, 'h') && world_step(w, 'y') && world_step(w, 'f') &&
+             world_step(w, 'p') && world_step(w, 'f');
+    } else if (strcmp(c->start, "fresh")) {
+        world_broken(w, "no start is called '%s'", c->start);
+        return false;
+    }
+    if (!ok) {
+        world_broken(w, "the case cannot be started");
+        return false;
+    }
+    world_read(w, false);
+    world_reset_oracle(w);
+    if (!w->error) {
+        bale_sim_forget(w->sim);
+    }
+    world_tell(w, "steps:\n");
+    return !w->error;
+}
