@@ -47,9 +47,9 @@ void bale_seqcache_node_stats(BlockDriverState *bs,
 void bale_seqcache_node_reset_stats(BlockDriverState *bs);
 
 /*
- * Why writes to @bs fail at the moment, or failed last, with node and offset;
- * NULL if no write-out has failed.  Newly allocated.
+ * Why the last flush of @bs failed to write out, with node and offset; NULL if
+ * it did not. Newly allocated.
  */
-char *bale_seqcache_node_last_error(BlockDriverState *bs);
+char *bale_seqcache_node_flush_error(BlockDriverState *bs);
 
 #endif

@@ -104,6 +104,7 @@ typedef struct BDRVSeqcacheState {
     bool error_told;      /* some request has returned it */
     unsigned error_count; /* write-outs that failed, ever */
     char *last_error;     /* message; kept when the node is well again */
+    char *flush_error;    /* message, if the last flush failed in here */
 
     /* Counted here, see BaleSeqcacheNodeStats. */
     BaleSeqcacheNodeStats stats;
@@ -323,9 +324,12 @@ static void coroutine_fn write_out_entry(void *opaque)
     BDRVSeqcacheState *s = bs->opaque;
     uint64_t offset = bale_seqcache_out_offset(w->out);
     size_t bytes = bale_seqcache_out_bytes(w->out);
+    size_t start = 0, len;
     int64_t begun_ns = now_ns();
     int ret;
 
+    bale_seqcache_out_range(w->out, &start, &len);
+    offset += start;
     ret = s->opts.compress ? write_out_compressed(bs, w->out)
                            : write_out_ranges(bs, w->out);
 
@@ -437,8 +441,13 @@ static int coroutine_fn seqcache_co_flush_to_os(BlockDriverState *bs)
 {
     BDRVSeqcacheState *s = bs->opaque;
 
+    int ret;
+
     s->stats.flushes++;
-    return write_out_all(bs);
+    ret = write_out_all(bs);
+    g_free(s->flush_error);
+    s->flush_error = ret < 0 ? g_strdup(s->last_error) : NULL;
+    return ret;
 }
 
 /* ------------------------------------------------------- background flusher */
@@ -1087,6 +1096,7 @@ static void seqcache_close(BlockDriverState *bs)
     seqcache_detach_aio_context(bs);
     g_clear_pointer(&s->cache, bale_seqcache_free);
     g_clear_pointer(&s->last_error, g_free);
+    g_clear_pointer(&s->flush_error, g_free);
 }
 
 static int seqcache_inactivate(BlockDriverState *bs)
@@ -1200,11 +1210,11 @@ void bale_seqcache_node_reset_stats(BlockDriverState *bs)
     bale_seqcache_reset_stats(s->cache);
 }
 
-char *bale_seqcache_node_last_error(BlockDriverState *bs)
+char *bale_seqcache_node_flush_error(BlockDriverState *bs)
 {
     BDRVSeqcacheState *s = bs->opaque;
 
-    return g_strdup(s->last_error);
+    return g_strdup(s->flush_error);
 }
 
 /* -------------------------------------------------------------- the driver */
