@@ -235,12 +235,26 @@ static bool create_check_device(BaleDevice *dev, uint64_t page_size,
     return true;
 }
 
+/* Make room for the super area; of a new file it takes only the copies. */
+static int create_allocate(BaleDevice *dev)
+{
+    BaleDeviceInfo info;
+
+    dev->ops->get_info(dev, &info);
+    if (!info.fixed_size && info.size < BALE_SUPER_SIZE &&
+        dev->ops->truncate &&
+        dev->ops->truncate(dev, BALE_SUPER_SIZE) == 0) {
+        return 0;
+    }
+    return dev->ops->allocate(dev, 0, BALE_SUPER_SIZE);
+}
+
 /* An older store's superblocks must not win over the new one's. */
 static int create_wipe(BaleDevice *dev)
 {
     BALE_AUTO_MEMORY uint8_t *zeroes =
         bale_memory_try_alloc0(BALE_BLOCK_SIZE, BALE_BLOCK_SIZE);
-    int ret = zeroes ? dev->ops->allocate(dev, 0, BALE_SUPER_SIZE) : -ENOMEM;
+    int ret = zeroes ? create_allocate(dev) : -ENOMEM;
 
     for (unsigned i = 0; ret == 0 && i < BALE_SUPER_COPIES; i++) {
         ret = bale_device_store_sync(dev, bale_super_address(i), zeroes,

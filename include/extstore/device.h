@@ -118,7 +118,8 @@ struct BaleDeviceOps {
     int (*release)(BaleDevice *dev, uint64_t offset, uint64_t len);
 
     /*
-     * Optional (may be NULL).  Cut a growable device to @size bytes.
+     * Optional (may be NULL).  Set the size of a growable device: cut it, or
+     * let it grow without a promise of space.
      */
     int (*truncate)(BaleDevice *dev, uint64_t size);
 
