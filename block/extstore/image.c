@@ -36,6 +36,8 @@
 #define READ_GAP_MAX (32u << 10)
 /* ... and is at most this long, unless one record is longer; bytes. */
 #define READ_RUN_MAX (2u << 20)
+/* How many of a request's transfers are looked at to join a record; number. */
+#define READ_RUNS_LOOK_MAX 8u
 /* How often a read looks again when the index moved on under it. */
 #define READ_RETRIES_MAX 100
 /* Requests of this many bytes and more need no read-ahead and no cache. */
@@ -627,8 +629,16 @@ static bool op_join_run(ClusterOp *op, uint64_t page, ReadRun **runs)
 
     end = MIN(bale_align_up(end, BALE_BLOCK_SIZE),
               page_address(s, page) + s->page_size);
-    if (!run || run->page != page || begin < run->begin ||
-        begin > run->end + READ_GAP_MAX || end - run->begin > READ_RUN_MAX) {
+    /* Parallel writers leave neighbours in any order. */
+    for (unsigned i = 0; run && i < READ_RUNS_LOOK_MAX; i++) {
+        if (run->page == page && begin <= run->end + READ_GAP_MAX &&
+            run->begin <= end + READ_GAP_MAX &&
+            MAX(end, run->end) - MIN(begin, run->begin) <= READ_RUN_MAX) {
+            break;
+        }
+        run = i + 1 < READ_RUNS_LOOK_MAX ? run->next : NULL;
+    }
+    if (!run) {
         run = g_try_new0(ReadRun, 1);
         if (!run) {
             return false;
@@ -643,6 +653,7 @@ static bool op_join_run(ClusterOp *op, uint64_t page, ReadRun **runs)
         *runs = run;
         p->readers++;
     }
+    run->begin = MIN(run->begin, begin);
     run->end = MAX(run->end, end);
     run->refs++;
     op->run = run;
