@@ -267,7 +267,7 @@ class NoRoom(BadInputCase):
         self.addCleanup(run, 'umount', self.path('small'))
 
     def test_create_on_a_full_disk(self):
-        self.mount('64K')
+        self.mount('16K')
         result = bale('create', '-o', 'page_size=2M', 'small/x.bale', '1G')
         self.assert_one_line_error(result, 'small/x.bale', 'space')
         self.assertEqual(os.listdir('small'), [])
