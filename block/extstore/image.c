@@ -74,6 +74,7 @@ struct ClusterOp {
     BaleRequest *req;
     uint64_t cluster;
     uint64_t count;      /* > 1 or 0 < : zero only */
+    bool claimed;        /* of the mutable region */
     uint32_t offset;     /* in the cluster */
     uint32_t len;        /* 0: the whole range of a zero request */
     uint64_t at;         /* in the request's data */
@@ -196,6 +197,14 @@ static bool image_chunk_used(BaleImage *image, uint64_t cluster)
 
     bale_epoch_exit(image->store->epoch, token);
     return used;
+}
+
+/* Does anything lie under the image? */
+static bool image_has_backing(BaleImage *image)
+{
+    return image->backing_read &&
+           (!image->backing_present ||
+            image->backing_present(image->backing_opaque));
 }
 
 /* Bytes of @cluster that lie inside the image. */
@@ -682,7 +691,7 @@ static void op_read_backing(ClusterOp *op)
     BaleImage *image = req->image;
     uint8_t *dst;
 
-    if (!image->backing_read || req->kind == REQUEST_READ_STORED) {
+    if (!image_has_backing(image) || req->kind == REQUEST_READ_STORED) {
         iov_copy(req->iov, req->iovcnt, op->at, NULL, op->len, true);
         op_done(op, 0);
         return;
@@ -731,6 +740,22 @@ static void op_read_lookup(ClusterOp *op, ReadRun **runs)
          bale_cache_has(s->cache, op->cluster, op->value))) {
         op_done(op, 0);
         return;
+    }
+    if (op->value == 0 && req->kind == REQUEST_READ &&
+        image_has_backing(image)) {
+        /*
+         * What waits in the mutable region, of a cluster that is not stored,
+         * was written when nothing lay under the image: its gaps are zero.  If
+         * it has left the region by now, then the index knows it.
+         */
+        if (bale_mutable_cached(image->mutable_region,
+                                op->cluster << s->cluster_bits,
+                                s->cluster_size)) {
+            iov_copy(req->iov, req->iovcnt, op->at, NULL, op->len, true);
+            op_done(op, 0);
+            return;
+        }
+        op->value = bale_image_find(image, op->cluster);
     }
     if (op->value == 0) {
         op_read_backing(op);
@@ -1063,6 +1088,19 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
     return ret;
 }
 
+/* What a whole cluster is written with is in the index, or failed to be. */
+static void op_written(ClusterOp *op, int ret)
+{
+    BaleImage *image = op->req->image;
+    unsigned bits = image->store->cluster_bits;
+
+    if (op->claimed) {
+        bale_mutable_settle(image->mutable_region, op->cluster << bits,
+                            op->count << bits, ret == 0);
+    }
+    op_done(op, ret);
+}
+
 /* On a worker: everything that the cluster will hold is in memory. */
 static void op_write_work(BaleWork *work, void *context, unsigned worker)
 {
@@ -1082,7 +1120,7 @@ static void op_write_work(BaleWork *work, void *context, unsigned worker)
         /* The last cluster of an image may reach past its size. */
         memset(data + end, 0, req->image->store->cluster_size - end);
     }
-    op_done(op, bale_image_put_cluster(req->image, wc, op->cluster, data));
+    op_written(op, bale_image_put_cluster(req->image, wc, op->cluster, data));
 }
 
 static void op_write_ready(ClusterOp *op)
@@ -1255,7 +1293,7 @@ static void op_zero_work(BaleWork *work, void *context, unsigned worker)
         first += n;
         count -= n;
     }
-    op_done(op, ret);
+    op_written(op, ret);
 }
 
 /* The range is ours. */
@@ -1293,6 +1331,7 @@ static void op_write_start(ClusterOp *op)
                                 op->count << s->cluster_bits, &op->work)) {
             return;
         }
+        op->claimed = true;
         op->work.fn = op->len == 0 ? op_zero_work : op_write_work;
         bale_workers_push(s->workers, &op->work, BALE_WORK_NORMAL);
         return;
@@ -1301,10 +1340,10 @@ static void op_write_start(ClusterOp *op)
                                               s->cluster_size);
     absent = !cached && bale_image_find(image, op->cluster) == 0;
     if (req->kind == REQUEST_ZERO && !cached &&
-        !(absent && image->backing_read) &&
+        !(absent && image_has_backing(image)) &&
         !bale_value_class(bale_image_find(image, op->cluster))) {
         op_done(op, 0); /* zero already */
-    } else if (absent && image->backing_read) {
+    } else if (absent && image_has_backing(image)) {
         /* What lies under the image may be another thing tomorrow. */
         op_read_base(op);
     } else {
@@ -1575,6 +1614,12 @@ void bale_image_set_backing_read(BaleImage *image, BaleBackingRead *read,
 {
     image->backing_opaque = opaque;
     image->backing_read = read;
+}
+
+void bale_image_set_backing_present(BaleImage *image,
+                                    BaleBackingPresent *present)
+{
+    image->backing_present = present;
 }
 
 BaleImage *bale_image_open(BaleStore *store, const char *name, GError **errp)

@@ -8,7 +8,7 @@
  * Invariants:
  *  1. What is in the region is newer than what the index points at.
  *  2. A cluster leaves the region only after the index points at a record that
- *     holds its bytes; so who looks here first and in the index second misses
+ *     holds its bytes, or newer ones; so who looks here first and in the index second misses
  *     nothing.
  *  3. Of each cluster at most one write-out is under way, and nobody else
  *     appends a record of a cluster while one is: see bale_mutable_claim().
@@ -49,6 +49,7 @@ struct BaleMutable {
     BaleSeqcache *cache;
     BaleWork *waiting;     /* until a write-out ends; chained by next */
     MutableFlush *flushes; /* in order of seq */
+    unsigned claims;       /* not yet settled */
     uint8_t *zeroes;       /* one cluster of them */
 };
 
@@ -277,7 +278,7 @@ int bale_mutable_put(BaleMutable *m, uint64_t offset, const struct iovec *iov,
 
         bale_seqcache_get_stats(m->cache, &stats);
         /* Room comes from a write-out; is there one, or can there be? */
-        if (stats.out_clusters || stats.finished_clusters) {
+        if (stats.out_clusters || stats.finished_clusters || m->claims) {
             retry->next = m->waiting;
             m->waiting = retry;
         } else if (stats.open_clusters) {
@@ -309,21 +310,38 @@ int bale_mutable_put(BaleMutable *m, uint64_t offset, const struct iovec *iov,
 bool bale_mutable_claim(BaleMutable *m, uint64_t offset, uint64_t len,
                         BaleWork *retry)
 {
-    MutableFlush *flushes;
     bool claimed;
 
     pthread_mutex_lock(&m->lock);
-    bale_seqcache_discard(m->cache, offset, len);
     claimed = !bale_seqcache_in_out(m->cache, offset, len);
-    if (!claimed) {
+    if (claimed) {
+        bale_seqcache_hold(m->cache, offset, len);
+        m->claims++;
+    } else {
         retry->next = m->waiting;
         m->waiting = retry;
     }
+    pthread_mutex_unlock(&m->lock);
+    return claimed;
+}
+
+void bale_mutable_settle(BaleMutable *m, uint64_t offset, uint64_t len,
+                         bool written)
+{
+    MutableFlush *flushes;
+
+    pthread_mutex_lock(&m->lock);
+    bale_seqcache_release(m->cache, offset, len);
+    if (written) {
+        bale_seqcache_discard(m->cache, offset, len);
+    }
+    m->claims--;
+    mutable_wake(m);
     /* What a flush waited for may have been what was discarded. */
     flushes = mutable_take_flushes(m, 0);
     pthread_mutex_unlock(&m->lock);
     mutable_finish_flushes(m, flushes, 0);
-    return claimed;
+    mutable_kick(m);
 }
 
 bool bale_mutable_cached(BaleMutable *m, uint64_t offset, uint64_t len)

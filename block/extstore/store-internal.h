@@ -65,6 +65,9 @@ struct BalePage {
     uint64_t allocated;     /* bytes of the page that the device has promised */
     uint64_t proven;        /* a flush has proven everything below */
     uint64_t live_bytes;
+    uint64_t overhead;      /* headers, directories, padding, tombstones: what
+                             * compaction would not get rid of; a lower bound */
+    uint64_t order;         /* of opening, in this process; 0: before it */
     uint64_t first_seq;
     uint64_t tombstone_seq; /* highest of a zero, drop, shrinking image; 0 */
     uint64_t free_flush;    /* DEAD, ZEROED: flush request to wait for */
@@ -121,6 +124,7 @@ struct BaleImage {
     unsigned openers;        /* under log_lock */
 
     BaleBackingRead *backing_read; /* set before requests */
+    BaleBackingPresent *backing_present;
     void *backing_opaque;
 
     pthread_mutex_t range_lock;       /* orders writes that share clusters */
@@ -165,6 +169,7 @@ struct BaleStore {
     bool read_only;
     GArray *checkpoint;      /* BaleCheckpointRecord of the newest one */
     uint32_t page_count;     /* pages opened in this session; log_lock */
+    uint64_t page_order;     /* pages opened in this process; log_lock */
 
     int failed;              /* atomic: 0, or the -errno that poisoned us */
     int corrupt;             /* atomic bool */
@@ -384,12 +389,17 @@ int bale_mutable_put(BaleMutable *m, uint64_t offset, const struct iovec *iov,
                      int iovcnt, uint64_t at, size_t len, size_t *done,
                      BaleWork *retry);
 /*
- * Forget what is cached of the range, which the caller has locked and will
- * write.  False: a write-out is under way there; @retry is pushed when it
- * makes sense to call again.
+ * The caller has locked the range, whole clusters, and will write it: keep
+ * what is cached there from being written out meanwhile.  It is read, and
+ * flushes wait for it, until bale_mutable_settle(): only when the new contents
+ * are in the index can it be forgotten (@written), and if they never get there
+ * it is still what was acknowledged.  False: a write-out is under way there;
+ * @retry is pushed when it makes sense to call again.
  */
 bool bale_mutable_claim(BaleMutable *m, uint64_t offset, uint64_t len,
                         BaleWork *retry);
+void bale_mutable_settle(BaleMutable *m, uint64_t offset, uint64_t len,
+                         bool written);
 bool bale_mutable_cached(BaleMutable *m, uint64_t offset, uint64_t len);
 /* The offset after the last cached byte; 0 if nothing is cached. */
 uint64_t bale_mutable_end(BaleMutable *m);
