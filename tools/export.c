@@ -301,12 +301,19 @@ static int slots_init(Export *e)
     return 0;
 }
 
-static int export_image(Export *e, bool ignore_backing)
+static int export_image(Export *e, BaleStore *store, bool ignore_backing)
 {
     g_autofree BaleImageInfo *info = g_new0(BaleImageInfo, 1);
+    BaleStoreInfo store_info;
     bool made = false;
     int ret;
 
+    bale_store_get_info(store, &store_info);
+    if (store_info.corrupt && !e->salvage) {
+        say(e, e->store_name, "the store is corrupt: clusters may be missing "
+            "or old without being named; see 'bale check', or use --salvage");
+        return BALE_EXIT_ERROR;
+    }
     bale_image_get_info(e->image, info);
     e->size = info->size;
     e->cluster_size = info->cluster_size;
@@ -345,7 +352,7 @@ static int export_image(Export *e, bool ignore_backing)
     if (ret < 0) {
         return BALE_EXIT_ERROR;
     }
-    return e->lost ? BALE_EXIT_DAMAGE : BALE_EXIT_OK;
+    return e->lost || store_info.corrupt ? BALE_EXIT_DAMAGE : BALE_EXIT_OK;
 }
 
 static int run_export(const BaleCommand *command, int argc, char **argv)
@@ -394,7 +401,7 @@ static int run_export(const BaleCommand *command, int argc, char **argv)
     }
     e->image = bale_image_open(store, NULL, &error);
     if (e->image) {
-        status = export_image(e, ignore_backing);
+        status = export_image(e, store, ignore_backing);
         bale_image_close(e->image);
     } else {
         status = bale_tool_file_error("export", argv[1], error->message);
@@ -408,6 +415,7 @@ const BaleCommand bale_command_export = {
     .summary = "Write an image of a store to a raw file or block device",
     .help = "A file is replaced, and sparse. Exit status: 0 done; 1 failed, "
             "and a file that\n"
-            "was made is removed; 2 done, but clusters were lost (--salvage).",
+            "was made is removed; 2 done, but clusters were lost, or the store is "
+            "corrupt (--salvage).",
     .run = run_export,
 };

@@ -7,6 +7,7 @@ import filecmp
 import hashlib
 import json
 import os
+import re
 import stat
 
 import bale_iotests
@@ -271,6 +272,89 @@ class Damage(CliCase):
     def test_rate_limit(self):
         bale('import', self.make_raw(), 'x.bale', check=0)
         bale('verify', '--rate-limit', '100M', 'x.bale', check=0)
+
+
+class EverySector(CliCase):
+    """Damage anywhere is an error and a report, never wrong data."""
+
+    def small_store(self, clean):
+        f = Forge(size=256 * 1024)
+        want = bytearray(f.size)
+
+        def write(cluster, codec):
+            data = self.random.randbytes(64) * 64
+            want[cluster * 4096:cluster * 4096 + 4096] = data
+            return f.data(cluster, data, codec)
+        f.open_page(bucket=1)
+        f.segment([f.image()])
+        f.open_page()
+        f.segment([write(i, i % 3) for i in range(8)], f.barrier_all())
+        f.segment([write(i, 2) for i in range(6, 14)], f.barrier_all())
+        f.segment([f.zero(2, 2), write(9, 1), f.drop(12, 1)],
+                  f.barrier_all())
+        want[2 * 4096:4 * 4096] = bytes(2 * 4096)
+        want[12 * 4096:13 * 4096] = bytes(4096)
+        barriers = f.barrier_all()
+        f.open_page()
+        f.segment([write(60, 1)], barriers)
+        proven = f.barrier_all()
+        f.open_page(bucket=2)
+        f.segment([f.zero(63, 1)], proven)
+        f.finish(clean)
+        return f, want
+
+    def check_never_wrong(self, want, what):
+        result = bale('export', '--salvage', 'x.bale', 'out.raw')
+        self.assertIn(result.status, (0, 1, 2), f'{what} {result}')
+        if result.status == 1:
+            return 'refused'
+        info = self.json('info', '--json', 'x.bale')
+        if info['corrupt']:
+            # A header and its directory: what is lost cannot be named.
+            result = bale('export', 'x.bale', 'not.raw')
+            self.assertEqual(result.status, 1, f'{what} {result}')
+            self.assertIn('corrupt', result.err)
+            return 'corrupt'
+        lost = {int(at) // 4096 for at in
+                re.findall(r'bytes at (\d+) are lost', result.err)}
+        with open('out.raw', 'rb') as file:
+            got = file.read()
+        for at in range(0, len(want), 4096):
+            if at // 4096 not in lost:
+                self.assertEqual(got[at:at + 4096] == want[at:at + 4096],
+                                 True, f'{what}: cluster {at // 4096} is '
+                                 f'wrong and not reported {result}')
+        return 'lost' if lost else 'read'
+
+    def damage_all(self, clean):
+        f, want = self.small_store(clean)
+        good = bytes(f.bytes)
+        f.write('x.bale')
+        self.assertEqual(self.check_never_wrong(want, 'good'), 'read')
+        used = [at for at in range(0, len(good), 512)
+                if any(good[at:at + 512])]
+        outcomes = {'read': 0, 'lost': 0, 'refused': 0, 'corrupt': 0}
+        for at in used:
+            for how in ('flip', 'zero', 'swap'):
+                f.bytes = bytearray(good)
+                if how == 'flip':
+                    f.flip(at + self.random.randrange(512),
+                           self.random.randrange(8))
+                elif how == 'zero':
+                    f.put(at, bytes(512))
+                else:
+                    other = self.random.choice(used)
+                    f.put(at, good[other:other + 512])
+                    f.put(other, good[at:at + 512])
+                f.write('x.bale')
+                outcomes[self.check_never_wrong(want, f'{how} {at}')] += 1
+        print(f'# {len(used)} sectors, clean={clean}: {outcomes}')
+
+    def test_cleanly_closed(self):
+        self.damage_all(True)
+
+    def test_after_a_crash(self):
+        self.damage_all(False)
 
 
 class Forged(CliCase):
