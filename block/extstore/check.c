@@ -248,7 +248,7 @@ bool bale_store_check(BaleStore *s, unsigned flags, BaleCheckReport *report,
         bool ok;
 
         pthread_rwlock_wrlock(&s->session_lock);
-        ok = !store_failed(s) && bale_supers_write(s, NULL);
+        ok = !store_failed(s) && bale_supers_write(s) == 0;
         pthread_rwlock_unlock(&s->session_lock);
         result->fixed += ok ? result->bad_superblocks : 0;
     }

@@ -50,7 +50,8 @@ static int super_write_round(BaleStore *s, unsigned first, uint8_t *block)
     if (s->super.generation == UINT32_MAX) {
         return -EOVERFLOW;
     }
-    s->super.generation++;
+    __atomic_store_n(&s->super.generation, s->super.generation + 1,
+                     __ATOMIC_RELAXED);
     for (unsigned copy = first; copy < BALE_SUPER_COPIES; copy += 2) {
         bale_super_encode(&s->super, copy, block);
         ret = bale_device_store_sync(s->dev, bale_super_address(copy), block,
@@ -62,8 +63,7 @@ static int super_write_round(BaleStore *s, unsigned first, uint8_t *block)
     return bale_device_flush_sync(s->dev);
 }
 
-/* Write all superblocks, in two rounds; a failure poisons the store. */
-bool bale_supers_write(BaleStore *s, GError **errp)
+int bale_supers_write(BaleStore *s)
 {
     BALE_AUTO_MEMORY uint8_t *block =
         bale_memory_try_alloc(BALE_BLOCK_SIZE, BALE_BLOCK_SIZE);
@@ -72,11 +72,11 @@ bool bale_supers_write(BaleStore *s, GError **errp)
     for (unsigned first = 0; ret == 0 && first < 2; first++) {
         ret = super_write_round(s, first, block);
     }
-    if (ret < 0) {
+    /* A full device has written nothing; whatever else happened is unknown. */
+    if (ret < 0 && ret != -ENOSPC && ret != -ENOMEM) {
         bale_store_poison(s, ret, "writing the superblocks");
-        return super_error(errp, ret, "writing the superblocks");
     }
-    return true;
+    return ret;
 }
 
 int bale_session_begin(BaleStore *s)
@@ -99,8 +99,9 @@ int bale_session_begin(BaleStore *s)
         return -EIO;
     }
     s->super.state &= ~(uint32_t)BALE_STATE_CLEAN;
-    if (!bale_supers_write(s, NULL)) {
-        return -EIO;
+    ret = bale_supers_write(s);
+    if (ret < 0) {
+        return ret;
     }
 
     pthread_mutex_lock(&s->log_lock);
@@ -441,7 +442,8 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
     pthread_mutex_lock(&s->log_lock);
     s->session = false;
     pthread_mutex_unlock(&s->log_lock);
-    if (bale_supers_write(s, errp)) {
+    ret = bale_supers_write(s);
+    if (ret == 0) {
         checkpoint_forget(s, s->checkpoint);
         g_array_free(s->checkpoint, TRUE);
         s->checkpoint = w.records;
@@ -451,5 +453,5 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
         g_array_free(w.records, TRUE);
     }
     g_array_free(w.parts, TRUE);
-    return !store_failed(s);
+    return ret == 0 || super_error(errp, ret, "writing the superblocks");
 }

@@ -53,14 +53,16 @@ typedef struct Compact {
 static uint64_t page_garbage(const BalePage *p)
 {
     /* Live bytes are rounded up, and may exceed what is there. */
-    return p->end - MIN(p->end, p->live_bytes);
+    return p->end - MIN(p->end, p->live_bytes + p->overhead);
 }
 
 /*
  * The page with the largest part of garbage, if that is at least @percent; it
- * is held by counting as its reader.  False: none is worth it.
+ * is held by counting as its reader.  Only pages opened up to @order count, so
+ * that a run ends: it does not compact its own copies.  False: none is worth it.
  */
-static bool compact_choose(BaleStore *s, unsigned percent, uint64_t *page)
+static bool compact_choose(BaleStore *s, unsigned percent, uint64_t order,
+                           uint64_t *page)
 {
     uint64_t best = PAGE_NONE, used = 0, garbage = 0;
     double best_part = percent / 100.0;
@@ -71,7 +73,7 @@ static bool compact_choose(BaleStore *s, unsigned percent, uint64_t *page)
         double part;
 
         if (p->state != BALE_PAGE_SEALED || p->bucket == BALE_BUCKET_META ||
-            p->end == 0) {
+            p->end == 0 || p->order > order) {
             continue;
         }
         used += p->end;
@@ -92,6 +94,17 @@ static bool compact_choose(BaleStore *s, unsigned percent, uint64_t *page)
     pthread_mutex_unlock(&s->log_lock);
     *page = best;
     return best != PAGE_NONE;
+}
+
+/* The pages opened so far. */
+static uint64_t compact_order(BaleStore *s)
+{
+    uint64_t order;
+
+    pthread_mutex_lock(&s->log_lock);
+    order = s->page_order;
+    pthread_mutex_unlock(&s->log_lock);
+    return order;
 }
 
 /* --- copying --- */
@@ -330,11 +343,11 @@ static bool background_go(void *opaque)
 
 void bale_compact_background(BaleStore *s)
 {
-    uint64_t page;
+    uint64_t page, order = compact_order(s);
     int ret = 0;
 
     while (ret == 0 && background_go(s) &&
-           compact_choose(s, COMPACT_PAGE_GARBAGE, &page)) {
+           compact_choose(s, COMPACT_PAGE_GARBAGE, order, &page)) {
         ret = compact_page(s, page, background_go, s);
         if (ret == -EIO && !store_failed(s)) {
             ret = 0; /* that page is stuck; there are others */
@@ -411,7 +424,7 @@ bool bale_store_compact(BaleStore *s, const BaleCompactOptions *o,
                         GError **errp)
 {
     CompactCommand cmd = { .s = s, .o = o };
-    uint64_t page;
+    uint64_t page, order;
     int ret;
 
     ret = s->read_only ? -EROFS : bale_store_flush_sync(s);
@@ -427,7 +440,9 @@ bool bale_store_compact(BaleStore *s, const BaleCompactOptions *o,
     cmd.total = compact_total(s);
     cmd.done = s->stats.compact_examined_bytes;
     cmd.start_us = g_get_monotonic_time();
-    while (ret == 0 && compact_choose(s, COMPACT_COMMAND_GARBAGE, &page)) {
+    order = compact_order(s);
+    while (ret == 0 &&
+           compact_choose(s, COMPACT_COMMAND_GARBAGE, order, &page)) {
         ret = compact_page(s, page, command_go, &cmd);
         if (ret == -EIO && !store_failed(s)) {
             ret = 0;

@@ -13,6 +13,7 @@
 
 static const char super_magic[8] = "BALESTOR";
 static const char page_magic[8] = "BALEPAGE";
+static const char freed_magic[8] = "BALEFREE";
 #define RECORD_MAGIC 0xB41EC0DEu
 
 /*
@@ -246,7 +247,8 @@ void bale_page_header_encode(const BalePageHeader *h, uint64_t identity,
     g_assert(h->bucket < BALE_BUCKETS && h->version != 0);
 
     memset(buf, 0, BALE_BLOCK_SIZE);
-    memcpy(buf + PAGE_MAGIC, page_magic, sizeof(page_magic));
+    memcpy(buf + PAGE_MAGIC, h->freed ? freed_magic : page_magic,
+           sizeof(page_magic));
     put32(buf + PAGE_BUCKET, h->bucket);
     put32(buf + PAGE_LENGTH, BALE_PAGE_HEADER_LEN);
     put64(buf + PAGE_NUMBER, h->page);
@@ -260,7 +262,9 @@ void bale_page_header_encode(const BalePageHeader *h, uint64_t identity,
 int bale_page_header_decode(BalePageHeader *h, uint64_t identity,
                             uint64_t page, const uint8_t *buf)
 {
-    if (memcmp(buf + PAGE_MAGIC, page_magic, sizeof(page_magic))) {
+    h->freed = !memcmp(buf + PAGE_MAGIC, freed_magic, sizeof(freed_magic));
+    if (!h->freed &&
+        memcmp(buf + PAGE_MAGIC, page_magic, sizeof(page_magic))) {
         return bale_memory_is_zero(buf, BALE_BLOCK_SIZE) ? -ENOENT : -EIO;
     }
     if (get64(buf + PAGE_CHECKSUM) !=

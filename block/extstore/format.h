@@ -93,12 +93,13 @@ typedef enum BaleBucket {
 typedef struct BalePageHeader {
     uint32_t bucket;
     uint64_t page, version, first_seq;
+    bool freed;   /* a mark: this version of the page was given up */
 } BalePageHeader;
 
 /* @buf: BALE_BLOCK_SIZE bytes. */
 void bale_page_header_encode(const BalePageHeader *h, uint64_t identity,
                              uint8_t *buf);
-/* -ENOENT: the block is all zeroes, the page is free; -EIO: damaged. */
+/* -ENOENT: the block is all zeroes; -EIO: damaged. */
 int bale_page_header_decode(BalePageHeader *h, uint64_t identity,
                             uint64_t page, const uint8_t *buf);
 

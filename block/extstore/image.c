@@ -1050,9 +1050,9 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
         stat_add(&s->stats.zero_records, 1);
     } else {
         r.type = BALE_RECORD_DATA;
-        /* What does not save a sixteenth is not worth decompressing. */
+        /* What saves next to nothing is not worth decompressing. */
         n = bale_codec_compress(wc->codec, wc->packed,
-                                s->cluster_size - s->cluster_size / 16, data,
+                                s->cluster_size - s->cluster_size / 64, data,
                                 s->cluster_size);
         if (n < 0) {
             return n;
@@ -1515,7 +1515,7 @@ int bale_image_set_record(BaleImage *image, const BaleImageRecord *record)
     BaleStore *s = image->store;
     uint64_t clusters = bale_image_clusters(record, s->cluster_size);
     uint64_t chunks = clusters / BALE_CHUNK_CLUSTERS + 1;
-    unsigned key_bits = image_key_bits(clusters);
+    unsigned key_bits = image_key_bits(chunks * BALE_CHUNK_CLUSTERS);
 
     if (!image->index || chunks > image->chunks) {
         uint32_t *entries = g_try_new0(uint32_t, chunks);

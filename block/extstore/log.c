@@ -253,6 +253,7 @@ static void buffer_seal(BaleStore *s, BaleBucket bucket,
     p = bale_page(s, wb->page);
     p->end = wb->offset + wb->len;
     g_assert(p->end <= s->page_size);
+    p->overhead += wb->len - wb->used;
     s->stats.segments++;
     s->stats.sealed_bytes += wb->len;
     if (wb->writers == 0) {
@@ -562,6 +563,7 @@ int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
     }
     if (r->type == BALE_RECORD_ZERO || r->type == BALE_RECORD_DROP) {
         p->tombstone_seq = MAX(p->tombstone_seq, r->seq);
+        p->overhead += size;
     }
     p->live_bytes += live;
     p->first_seq = MIN(p->first_seq, r->seq);

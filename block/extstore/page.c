@@ -269,6 +269,8 @@ static int page_prepare_once(BaleStore *s, BaleBucket bucket, uint32_t need)
             p->state = BALE_PAGE_ACTIVE;
             p->bucket = bucket;
             p->version = s->super.generation << 32 | ++s->page_count;
+            p->order = ++s->page_order;
+            p->overhead = BALE_BLOCK_SIZE;
             p->first_seq = s->next_seq;
             s->active[bucket] = page;
         }

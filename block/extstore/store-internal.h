@@ -326,7 +326,8 @@ void bale_store_poison(BaleStore *s, int err, const char *what);
 /* checkpoint.c */
 int bale_session_begin(BaleStore *s);
 bool bale_checkpoint_write(BaleStore *s, GError **errp);
-bool bale_supers_write(BaleStore *s, GError **errp);
+/* Write all superblocks, in two rounds. */
+int bale_supers_write(BaleStore *s);
 
 /* recover.c */
 bool bale_recover(BaleStore *s, GError **errp);

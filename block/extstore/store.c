@@ -517,12 +517,13 @@ BaleDevice *bale_store_device(BaleStore *s)
 
 void bale_store_get_info(BaleStore *s, BaleStoreInfo *info)
 {
-    pthread_rwlock_rdlock(&s->session_lock);
+    /* No lock: who holds session_lock may wait for the caller's thread. */
     memcpy(info->uuid, s->super.uuid, sizeof(info->uuid));
     info->version = BALE_FORMAT_VERSION;
     info->cluster_size = s->cluster_size;
     info->page_size = s->page_size;
-    info->generation = s->super.generation;
+    info->generation = __atomic_load_n(&s->super.generation,
+                                       __ATOMIC_RELAXED);
     info->clean = s->was_clean;
     info->corrupt = __atomic_load_n(&s->corrupt, __ATOMIC_RELAXED);
     info->read_only = s->read_only;
@@ -530,7 +531,6 @@ void bale_store_get_info(BaleStore *s, BaleStoreInfo *info)
     info->recovered_records = s->recovered_records;
     info->torn_bytes = s->torn_bytes;
     info->damaged_records = s->damaged_records;
-    pthread_rwlock_unlock(&s->session_lock);
 }
 
 static void stats_histogram(const BaleHistogram *hist, uint64_t *out)
