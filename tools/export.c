@@ -415,7 +415,7 @@ const BaleCommand bale_command_export = {
     .summary = "Write an image of a store to a raw file or block device",
     .help = "A file is replaced, and sparse. Exit status: 0 done; 1 failed, "
             "and a file that\n"
-            "was made is removed; 2 done, but clusters were lost, or the store is "
-            "corrupt (--salvage).",
+            "was made is removed; 2 done with --salvage, but clusters were "
+            "lost, or may be.",
     .run = run_export,
 };
