@@ -201,6 +201,14 @@ static void backing_read_bh(void *opaque)
     aio_context_release(ctx);
 }
 
+/* From any thread; the graph stays as it is while a request is under way. */
+static bool backing_present(void *opaque)
+{
+    BlockDriverState *bs = opaque;
+
+    return qatomic_read(&bs->backing) != NULL;
+}
+
 /*
  * Called from any thread, but always for a request of this node that is still
  * under way: so neither the node nor its place in the graph changes meanwhile.
@@ -315,6 +323,7 @@ static int engine_open(BlockDriverState *bs, bool read_only,
     s->corrupt = o.info.corrupt;
     qatomic_set(&s->damage_reports, 0);
     bale_image_set_backing_read(s->image, backing_read, bs);
+    bale_image_set_backing_present(s->image, backing_present);
     if (info) {
         *info = o.image_info;
     }

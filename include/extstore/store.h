@@ -241,6 +241,16 @@ typedef void BaleBackingRead(void *opaque, uint64_t offset, void *buf,
 void bale_image_set_backing_read(BaleImage *image, BaleBackingRead *read,
                                  void *opaque);
 
+/*
+ * Optional: does anything lie under the image now?  Called from any thread,
+ * for a request under way; the answer may change only while there is none.
+ * Without it the answer is yes as soon as there is a BaleBackingRead, and
+ * partial writes of unallocated clusters read and rewrite the whole cluster.
+ */
+typedef bool BaleBackingPresent(void *opaque);
+void bale_image_set_backing_present(BaleImage *image,
+                                    BaleBackingPresent *present);
+
 typedef enum BaleRequestFlags {
     BALE_FUA     = 1 << 0, /* durable when it completes */
     BALE_DISCARD = 1 << 1, /* zero: where nothing lies under the image, drop

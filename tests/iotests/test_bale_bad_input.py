@@ -286,7 +286,7 @@ class BadPlaceTest(bale_iotests.TestCase):
 
     def test_a_full_disk_while_creating(self):
         self.need_root()
-        with mounted_tmpfs('small', 'size=512k'):
+        with mounted_tmpfs('small', 'size=16k'):
             result = qemu_img('create', '-q', '-f', 'bale', 'small/x.bale',
                               '1G', check=None)
             self.assert_one_line_error(result, 'small/x.bale',
