@@ -56,6 +56,7 @@ SUPER_ADDRESSES = (0, 512 * KiB, 1 * MiB, 1536 * KiB)
 SUPER_LENGTH = 512
 SUPER_MAGIC = b'BALESTOR'
 PAGE_MAGIC = b'BALEPAGE'
+FREED_MAGIC = b'BALEFREE'
 PAGE_LENGTH = 64
 PAGE_OPEN = 1                   # flag in the page table
 RECORD_MAGIC = 0xB41EC0DE
@@ -303,6 +304,7 @@ class Page:
         self.number = number
         self.base = base
         self.state = 'free'     # free, used, damaged header, foreign
+        self.freed = 0          # version that was given up
         self.bucket = None
         self.version = None
         self.first_sequence = 0
@@ -534,6 +536,10 @@ class Store:
             if not is_zero(block[PAGE_LENGTH:]):
                 self.notes.append(f'page {number}: the rest of its header '
                                   'block is not zero')
+        elif (magic == FREED_MAGIC and own_number == number
+              and checksum(block[:56], self.place(number, 0, 0))
+              == header_sum):
+            page.bucket, page.freed = None, version
         else:
             page.bucket = None
             found = self.segment_record(page, BLOCK)

@@ -202,10 +202,10 @@ static int writer_index(CheckpointWriter *w, BaleImage *image)
     return 0;
 }
 
-/* A page whose header is zero already is as good as free. */
+/* A page whose header is marked already is as good as free. */
 static bool checkpoint_page_used(const BalePage *p)
 {
-    return p->state != BALE_PAGE_FREE && p->state != BALE_PAGE_ZEROED &&
+    return p->state != BALE_PAGE_FREE && p->state != BALE_PAGE_MARKED &&
            p->state != BALE_PAGE_RELEASING;
 }
 
@@ -361,10 +361,6 @@ static uint64_t checkpoint_trim(BaleStore *s)
         }
         p->allocated = MIN(p->allocated, p->end);
     }
-    if (!s->dev_info.fixed_size && s->dev->ops->truncate) {
-        /* A device that stays longer is a pity, not an error. */
-        s->dev->ops->truncate(s->dev, end);
-    }
     return end;
 }
 
@@ -444,6 +440,13 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
     pthread_mutex_unlock(&s->log_lock);
     ret = bale_supers_write(s);
     if (ret == 0) {
+        /*
+         * Not before: the old checkpoint and its session may name the pages
+         * that are cut off.  That the device stays longer is no error.
+         */
+        if (!s->dev_info.fixed_size && s->dev->ops->truncate) {
+            s->dev->ops->truncate(s->dev, s->super.device_end);
+        }
         checkpoint_forget(s, s->checkpoint);
         g_array_free(s->checkpoint, TRUE);
         s->checkpoint = w.records;

@@ -21,24 +21,31 @@
 /* --- releasing; the states are told in page.c --- */
 
 /* One step on @page; called and returns with log_lock. */
-static int maintain_release_page(BaleStore *s, uint64_t page,
-                                 const void *zeroes)
+static int maintain_release_page(BaleStore *s, uint64_t page, uint8_t *block)
 {
     uint64_t address = page_address(s, page);
-    bool zero = bale_page(s, page)->state == BALE_PAGE_ZEROING;
+    BalePage *p = bale_page(s, page);
+    BalePageHeader mark = { p->bucket, page, p->version, p->first_seq, true };
+    bool marking = p->state == BALE_PAGE_MARKING;
     int ret = 0;
 
     pthread_mutex_unlock(&s->log_lock);
-    if (zero) {
-        ret = bale_device_store_sync(s->dev, address, zeroes,
-                                     PAGE_ZEROED_LEN);
+    if (marking) {
+        /* The header is in one sector: it is the old one or the mark. */
+        bale_page_header_encode(&mark, s->identity, block);
+        ret = bale_device_store_sync(s->dev, address, block,
+                                     BALE_BLOCK_SIZE);
     } else {
-        /* Space that stays allocated is a pity, not an error. */
-        s->dev->ops->release(s->dev, address, s->page_size);
+        /*
+         * All but the mark, which tells this page from one that was lost.
+         * Space that stays allocated is a pity, not an error.
+         */
+        s->dev->ops->release(s->dev, address + BALE_BLOCK_SIZE,
+                             s->page_size - BALE_BLOCK_SIZE);
     }
     pthread_mutex_lock(&s->log_lock);
-    if (ret == 0 && zero) {
-        bale_page(s, page)->state = BALE_PAGE_ZEROED;
+    if (ret == 0 && marking) {
+        bale_page(s, page)->state = BALE_PAGE_MARKED;
         bale_page(s, page)->free_flush = s->flush_request + 1;
     } else if (ret == 0) {
         memset(bale_page(s, page), 0, sizeof(BalePage));
@@ -50,17 +57,17 @@ static int maintain_release_page(BaleStore *s, uint64_t page,
 /* Take all steps that are possible now.  Called and returns with log_lock. */
 static void maintain_release(BaleStore *s)
 {
-    BALE_AUTO_MEMORY uint8_t *zeroes =
-        bale_memory_try_alloc0(BALE_BLOCK_SIZE, PAGE_ZEROED_LEN);
+    BALE_AUTO_MEMORY uint8_t *block =
+        bale_memory_try_alloc(BALE_BLOCK_SIZE, BALE_BLOCK_SIZE);
     bool freed = false;
     int ret = 0;
 
-    for (guint i = 0; zeroes && ret == 0 && i < s->dying_pages->len;) {
+    for (guint i = 0; block && ret == 0 && i < s->dying_pages->len;) {
         uint64_t page = g_array_index(s->dying_pages, uint64_t, i);
         BalePageState state = bale_page(s, page)->state;
 
-        if (state == BALE_PAGE_ZEROING || state == BALE_PAGE_RELEASING) {
-            ret = maintain_release_page(s, page, zeroes);
+        if (state == BALE_PAGE_MARKING || state == BALE_PAGE_RELEASING) {
+            ret = maintain_release_page(s, page, block);
         }
         if (ret == 0 && state == BALE_PAGE_RELEASING) {
             g_array_remove_index(s->dying_pages, i);
@@ -76,7 +83,7 @@ static void maintain_release(BaleStore *s)
     pthread_cond_broadcast(&s->log_cond);
     if (ret < 0) {
         pthread_mutex_unlock(&s->log_lock);
-        bale_store_poison(s, ret, "zeroing the header of a dead page");
+        bale_store_poison(s, ret, "marking a dead page as freed");
         pthread_mutex_lock(&s->log_lock);
     }
 }

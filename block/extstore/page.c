@@ -1,17 +1,18 @@
 /*
  * The page table: which page holds what, and when it can be reused.
  *
- * A page goes FREE -> ACTIVE -> SEALED -> DEAD -> ZEROING -> ZEROED ->
+ * A page goes FREE -> ACTIVE -> SEALED -> DEAD -> MARKING -> MARKED ->
  * RELEASING -> FREE, and never another way.  Invariants:
  *
  *  1. A page leaves SEALED only when nothing live is in it, no device read and
- *     no write buffer is on it, and no zero, drop or shrinking image record in
- *     it hides a record that exists elsewhere.
+ *     no write buffer is on it, and no drop or shrinking image record in it
+ *     hides a record that exists elsewhere.  (A data or zero record that no
+ *     cluster points at hides nothing: what took its place is newer still.)
  *  2. DEAD ends with a flush that was requested after the page died: what
  *     replaced its records is durable then.
- *  3. ZEROED ends with a flush that was requested after the header was zeroed:
- *     the old header cannot come back after a crash, neither to make stale
- *     records valid again nor to make released space look like damage.
+ *  3. MARKED ends with a flush that was requested after the header was marked
+ *     as freed: the old header cannot come back after a crash, neither to make
+ *     stale records valid again nor to make released space look like damage.
  *  4. Each time a page becomes ACTIVE it gets a version that no page ever had.
  *
  * There is no eviction: when no page is free the answer is -ENOSPC.  Pages,
@@ -163,12 +164,12 @@ void bale_page_flushed(BaleStore *s)
 
         if (p->state == BALE_PAGE_DEAD &&
             p->free_flush <= s->flushed_request) {
-            p->state = BALE_PAGE_ZEROING;
-        } else if (p->state == BALE_PAGE_ZEROED &&
+            p->state = BALE_PAGE_MARKING;
+        } else if (p->state == BALE_PAGE_MARKED &&
                    p->free_flush <= s->flushed_request) {
             p->state = BALE_PAGE_RELEASING;
         }
-        work |= p->state == BALE_PAGE_ZEROING ||
+        work |= p->state == BALE_PAGE_MARKING ||
                 p->state == BALE_PAGE_RELEASING;
     }
     if (work) {

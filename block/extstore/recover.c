@@ -66,17 +66,26 @@ typedef struct ScanPage {
     BalePageHeader header;
     bool used;
     bool header_damaged;
+    bool blank;        /* the first two blocks are zeroes */
+    uint64_t freed;    /* the version that its mark says is freed, or 0 */
     uint64_t end;      /* of what is accepted */
     uint64_t proven;   /* highest barrier for this version */
     GArray *segments;  /* ScanSegment */
 } ScanPage;
+
+/* A barrier, or what the checkpoint says of a page, which is as good. */
+typedef struct ScanBarrier {
+    BaleBarrier barrier;
+    bool recent; /* not older than the checkpoint, after which no page is cut
+                  * off from the device before the next one */
+} ScanBarrier;
 
 typedef struct Scan {
     BaleStore *s;
     uint64_t pages;
     ScanPage *page;
     GArray *entries;   /* ScanEntry */
-    GArray *barriers;  /* BaleBarrier */
+    GArray *barriers;  /* ScanBarrier */
     uint8_t *buf;      /* buffer_size bytes */
     size_t buf_len;
     uint64_t window_page, window_begin, window_end; /* what buf holds */
@@ -227,6 +236,20 @@ static int scan_directory(Scan *scan, uint64_t page, uint64_t begin,
 
 /* --- walk --- */
 
+static void scan_add_barrier(Scan *scan, const BaleBarrier *barrier,
+                             bool recent)
+{
+    ScanBarrier b = { *barrier, recent };
+
+    g_array_append_val(scan->barriers, b);
+    /* Between two checkpoints a device only grows. */
+    if (barrier->page >= scan->pages && recent && !scan->lost) {
+        recover_report(scan->s, "page %" PRIu64 " lies behind the end of the "
+                       "device", barrier->page);
+        scan->lost = true;
+    }
+}
+
 /*
  * Read the segment at @offset: its record, barriers and directory.  0: there
  * is one, @out->kind tells about the directory.  -EIO, -ENOENT: there is none.
@@ -251,15 +274,9 @@ static int scan_segment(Scan *scan, uint64_t page, uint64_t offset,
     out->len = segment->segment_len;
     out->entries = 0;
     out->kind = SEGMENT_GOOD;
-    g_array_append_vals(scan->barriers, segment->barrier, segment->barriers);
     for (uint32_t i = 0; i < segment->barriers; i++) {
-        /* Between two checkpoints a device only grows. */
-        if (segment->barrier[i].page >= scan->pages &&
-            r.seq >= scan->s->super.next_seq && !scan->lost) {
-            recover_report(scan->s, "page %" PRIu64 " lies behind the end of "
-                           "the device", segment->barrier[i].page);
-            scan->lost = true;
-        }
+        scan_add_barrier(scan, &segment->barrier[i],
+                         r.seq >= scan->s->super.next_seq);
     }
     ret = scan_record(scan, page, segment->directory_offset,
                       offset + segment->segment_len -
@@ -388,23 +405,49 @@ static void scan_salvage_area(Scan *scan, uint64_t page, ScanSegment *out)
     }
 }
 
+/*
+ * The header of @page is damaged, or from before @version: there was a page of
+ * that version, and it was not freed.
+ */
+static void scan_walk_again(Scan *scan, uint64_t page, uint64_t version)
+{
+    ScanPage *sp = &scan->page[page];
+
+    for (guint i = 0; sp->segments && i < sp->segments->len; i++) {
+        ScanSegment *segment = &g_array_index(sp->segments, ScanSegment, i);
+
+        for (uint32_t n = 0; n < segment->entries; n++) {
+            g_array_index(scan->entries, ScanEntry,
+                          segment->first_entry + n).dropped = true;
+        }
+    }
+    if (!sp->segments) {
+        sp->segments = g_array_new(FALSE, FALSE, sizeof(ScanSegment));
+    }
+    g_array_set_size(sp->segments, 0);
+    sp->used = true;
+    sp->header_damaged = true;
+    sp->proven = 0;
+    sp->header = (BalePageHeader){ .page = page, .version = version };
+    scan_walk(scan, page);
+}
+
 /* Raise the proven ends by all barriers. */
 static void scan_apply_barriers(Scan *scan)
 {
     /* Walking a page that a barrier names may add barriers. */
     for (guint i = 0; i < scan->barriers->len && scan->ret == 0; i++) {
-        BaleBarrier b = g_array_index(scan->barriers, BaleBarrier, i);
+        ScanBarrier known = g_array_index(scan->barriers, ScanBarrier, i);
+        BaleBarrier b = known.barrier;
         ScanPage *sp;
 
         if (b.page >= scan->pages) {
             continue; /* it was freed, and cut off at a checkpoint */
         }
         sp = &scan->page[b.page];
-        if (!sp->used && sp->header_damaged) {
-            /* The barrier knows the version that the header has lost. */
-            sp->used = true;
-            sp->header.version = b.version;
-            scan_walk(scan, b.page);
+        if (b.version > sp->freed && b.version > sp->header.version &&
+            (!sp->blank || known.recent)) {
+            scan_walk_again(scan, b.page, b.version);
         }
         if (sp->used && sp->header.version == b.version) {
             sp->proven = MAX(sp->proven, b.durable_end);
@@ -603,7 +646,12 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
     s->next_seq = MAX(s->next_seq, e->seq + 1);
     p->first_seq = MIN(p->first_seq, e->seq);
     switch (e->type) {
+    case BALE_RECORD_CHECKPOINT_PART:
+    case BALE_RECORD_CHECKPOINT_ROOT:
+        p->bucket = BALE_BUCKET_META; /* its header may be damaged */
+        return 0;
     case BALE_RECORD_IMAGE:
+        p->bucket = BALE_BUCKET_META;
         return apply_image(scan, e);
     case BALE_RECORD_DATA:
         if (e->layer != image->record.layer ||
@@ -619,7 +667,9 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
             NULL);
     case BALE_RECORD_ZERO:
     case BALE_RECORD_DROP:
-        p->tombstone_seq = MAX(p->tombstone_seq, e->seq);
+        if (e->type == BALE_RECORD_DROP) {
+            p->tombstone_seq = MAX(p->tombstone_seq, e->seq);
+        }
         if (e->layer != image->record.layer) {
             return 0;
         }
@@ -684,6 +734,74 @@ static int scan_apply(Scan *scan)
 
 /* --- the scan --- */
 
+static int load_record(BaleStore *s, uint64_t address, uint64_t version,
+                       uint32_t len, BaleRecord *r, uint8_t **out);
+
+/* One part of the page table of the newest checkpoint. */
+static void scan_checkpoint_pages(Scan *scan, const BalePart *part)
+{
+    BaleStore *s = scan->s;
+    g_autofree uint8_t *payload = NULL;
+    BaleRecord r;
+
+    if (load_record(s, part->address, part->version,
+                    BALE_RECORD_HEADER_LEN + part->payload_len, &r,
+                    &payload) < 0 ||
+        r.type != BALE_RECORD_CHECKPOINT_PART ||
+        r.payload_len != part->payload_len) {
+        return;
+    }
+    for (uint64_t i = 0; i < part->b; i++) {
+        BalePageEntry e;
+        BaleBarrier b;
+
+        if (bale_page_entry_decode(&e, s->page_size,
+                                   payload + i * BALE_PAGE_ENTRY_LEN) == 0 &&
+            e.version) {
+            b = (BaleBarrier){ part->a + i, e.version, e.end };
+            scan_add_barrier(scan, &b, true);
+        }
+    }
+}
+
+/*
+ * The newest checkpoint is out of date, but what it says of pages was flushed:
+ * a page that it names is there, or marked as freed, or used anew.  Best
+ * effort: if it is damaged, barriers are all that is known.
+ */
+static void scan_checkpoint(Scan *scan)
+{
+    const BaleSuper *super = &scan->s->super;
+    g_autofree uint8_t *payload = NULL;
+    BaleBarrier b;
+    BaleRecord r;
+    BaleRoot root;
+
+    if (super->checkpoint_address < BALE_SUPER_SIZE ||
+        load_record(scan->s, super->checkpoint_address,
+                    super->checkpoint_version, super->checkpoint_length, &r,
+                    &payload) < 0 ||
+        r.type != BALE_RECORD_CHECKPOINT_ROOT ||
+        bale_root_decode(&root, payload, r.payload_len) < 0) {
+        return;
+    }
+    b.page = (super->checkpoint_address - BALE_SUPER_SIZE) /
+             scan->s->page_size;
+    b.version = super->checkpoint_version;
+    b.durable_end = MIN((uint64_t)super->checkpoint_end * BALE_BLOCK_SIZE,
+                        scan->s->page_size);
+    scan_add_barrier(scan, &b, true);
+    for (uint32_t i = 0; i < root.parts && scan->ret == 0; i++) {
+        BalePart part;
+
+        if (bale_part_decode(&part, payload + BALE_ROOT_FIXED_LEN +
+                                        i * BALE_PART_LEN) == 0 &&
+            part.kind == BALE_PART_PAGES) {
+            scan_checkpoint_pages(scan, &part);
+        }
+    }
+}
+
 /* Read the header of @page and walk it. */
 static void scan_page(Scan *scan, uint64_t page)
 {
@@ -694,11 +812,20 @@ static void scan_page(Scan *scan, uint64_t page)
     BaleRecord r;
     int ret;
 
-    if (!p || bale_memory_is_zero(p, 2 * BALE_BLOCK_SIZE)) {
+    if (!p) {
+        return;
+    }
+    if (bale_memory_is_zero(p, 2 * BALE_BLOCK_SIZE)) {
+        sp->blank = true;
         return;
     }
     sp->segments = g_array_new(FALSE, FALSE, sizeof(ScanSegment));
     ret = bale_page_header_decode(&sp->header, s->identity, page, p);
+    if (ret == 0 && sp->header.freed) {
+        sp->freed = sp->header.version;
+        sp->header.version = 0;
+        return;
+    }
     if (ret < 0) {
         /* The first segment may still say which version this page has. */
         sp->header_damaged = true;
@@ -710,6 +837,7 @@ static void scan_page(Scan *scan, uint64_t page)
                         &payload) < 0 ||
             r.type != BALE_RECORD_SEGMENT) {
             /* Old contents of the device, unless a barrier names the page. */
+            sp->header.version = 0;
             return;
         }
     }
@@ -721,6 +849,9 @@ static bool scan_run(Scan *scan)
 {
     for (uint64_t i = 0; i < scan->pages && scan->ret == 0; i++) {
         scan_page(scan, i);
+    }
+    if (scan->ret == 0) {
+        scan_checkpoint(scan);
     }
     scan_apply_barriers(scan);
     for (uint64_t i = 0; i < scan->pages && scan->ret == 0; i++) {
@@ -757,7 +888,7 @@ static bool recover_scan(BaleStore *s, GError **errp)
     scan.buf_len = 2 * s->buffer_size;
     scan.buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, scan.buf_len);
     scan.entries = g_array_new(FALSE, FALSE, sizeof(ScanEntry));
-    scan.barriers = g_array_new(FALSE, FALSE, sizeof(BaleBarrier));
+    scan.barriers = g_array_new(FALSE, FALSE, sizeof(ScanBarrier));
     if (!scan.page || !scan.buf) {
         recover_set_error(errp, -ENOMEM, "scanning the store");
         goto out;

@@ -54,8 +54,8 @@ typedef enum BalePageState {
     BALE_PAGE_ACTIVE,    /* appended to by one bucket */
     BALE_PAGE_SEALED,    /* holds records, is not appended to */
     BALE_PAGE_DEAD,      /* waits for a flush */
-    BALE_PAGE_ZEROING,   /* its header is being zeroed */
-    BALE_PAGE_ZEROED,    /* waits for a flush */
+    BALE_PAGE_MARKING,   /* its header is being marked as freed */
+    BALE_PAGE_MARKED,    /* waits for a flush */
     BALE_PAGE_RELEASING, /* its space is being given back */
 } BalePageState;
 
@@ -69,8 +69,8 @@ struct BalePage {
                              * compaction would not get rid of; a lower bound */
     uint64_t order;         /* of opening, in this process; 0: before it */
     uint64_t first_seq;
-    uint64_t tombstone_seq; /* highest of a zero, drop, shrinking image; 0 */
-    uint64_t free_flush;    /* DEAD, ZEROED: flush request to wait for */
+    uint64_t tombstone_seq; /* highest of a drop, a shrinking image; 0 */
+    uint64_t free_flush;    /* DEAD, MARKED: flush request to wait for */
     uint32_t in_flight;     /* its write buffers not yet on the device */
     uint32_t readers;       /* device reads under way */
     uint8_t bucket;
@@ -203,7 +203,7 @@ struct BaleStore {
     pthread_cond_t maintain_cond;
     pthread_t maintain_thread;
     bool maintain_started, maintain_stop, maintain_idle;
-    bool maintain_release;   /* pages are ZEROING or RELEASING */
+    bool maintain_release;   /* pages are MARKING or RELEASING */
     bool maintain_look;      /* there may be a page to compact */
     unsigned maintain_pauses;
     unsigned space_waiters;
@@ -277,11 +277,6 @@ int bale_page_prepare(BaleStore *s, BaleBucket bucket, uint32_t need);
 bool bale_page_older_exists(BaleStore *s, uint64_t page, uint64_t seq);
 
 /* maintain.c */
-/*
- * What is zeroed of a dead page: its header and the first block of its first
- * segment.  A zero header alone is damage.
- */
-#define PAGE_ZEROED_LEN (2 * BALE_BLOCK_SIZE)
 int bale_maintain_start(BaleStore *s);
 void bale_maintain_stop(BaleStore *s);
 void bale_maintain_pause(BaleStore *s);
