@@ -12,8 +12,8 @@
  *  3. The original's page dies only after the index has left it, and its header
  *     is zeroed only after a flush that was requested after that: the copies
  *     are durable by then (page.c, invariant 2).
- *  4. A zero or drop record is copied as long as a record older than it exists
- *     anywhere, whether or not a cluster points at it.
+ *  4. A drop record is copied as long as a record older than it exists
+ *     anywhere; a zero record only if a cluster points at it.
  *  5. A record that does not verify stays where it is, and so does its page.
  *
  * Memory: one segment, at most twice a write buffer, besides the log's own.
@@ -152,7 +152,7 @@ static int compact_tombstone(Compact *c, const BaleRecord *old,
     uint64_t end = MIN(old->cluster + old->count, clusters);
     uint64_t live = bale_value_live(value, s->cluster_size);
     BaleRecord r = *old;
-    bool older;
+    bool older = false;
     int ret;
 
     ret = bale_image_write_begin(image);
@@ -164,9 +164,11 @@ static int compact_tombstone(Compact *c, const BaleRecord *old,
             pointing += bale_image_find(image, n) == value;
         }
     }
-    pthread_mutex_lock(&s->log_lock);
-    older = bale_page_older_exists(s, c->page, old->seq);
-    pthread_mutex_unlock(&s->log_lock);
+    if (old->type == BALE_RECORD_DROP) {
+        pthread_mutex_lock(&s->log_lock);
+        older = bale_page_older_exists(s, c->page, old->seq);
+        pthread_mutex_unlock(&s->log_lock);
+    }
     if (pointing || older) {
         ret = bale_log_append(s, BALE_BUCKET_COMPACTED, &r, NULL,
                               pointing * live, &copy);
@@ -284,7 +286,7 @@ static void compact_release(Compact *c, int ret)
     p = bale_page(s, c->page);
     p->readers--;
     if (ret == 0 && p->live_bytes == 0) {
-        /* What its zero and drop records hid is hidden by their copies. */
+        /* What its drop records hid is hidden by their copies. */
         p->tombstone_seq = 0;
         s->stats.compacted_pages++;
     } else if (c->stuck || ret == 0) {

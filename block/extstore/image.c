@@ -42,6 +42,10 @@
 #define READ_RETRIES_MAX 100
 /* Requests of this many bytes and more need no read-ahead and no cache. */
 #define READ_LARGE (512u << 10)
+/* Clusters that one zero record covers at most. */
+#define ZERO_COUNT_MAX (1u << 30)
+/* A discard leaves clusters out that were never written, if so many follow. */
+#define DISCARD_GAP_MIN 16u
 /* How far read-ahead goes, bytes. */
 #define READAHEAD_LEN (1u << 20)
 
@@ -1212,27 +1216,45 @@ static void op_write_mutable(ClusterOp *op)
     }
 }
 
-/* Are there clusters of our own in [@first, @first + @count)? */
-static bool image_any_cluster(BaleImage *image, uint64_t first,
-                              uint64_t count)
+/* The first cluster of our own in [@first, @end), or @end. */
+static uint64_t image_next_cluster(BaleImage *image, uint64_t first,
+                                   uint64_t end)
 {
-    for (uint64_t c = first; c < first + count; c++) {
+    uint64_t c = first;
+
+    while (c < end) {
         if (!image_chunk_used(image, c)) {
-            c |= BALE_CHUNK_CLUSTERS - 1;
+            c = (c | (BALE_CHUNK_CLUSTERS - 1)) + 1;
         } else if (bale_image_find(image, c)) {
-            return true;
+            return c;
+        } else {
+            c++;
         }
     }
-    return false;
+    return end;
 }
 
-/* Append one zero or drop record and set the index to it. */
-static int image_put_range(BaleImage *image, BaleRecordType type,
-                           uint64_t first, uint32_t count)
+/*
+ * Where a stretch that begins with a cluster of our own ends: the next gap of
+ * DISCARD_GAP_MIN clusters, or @end.
+ */
+static uint64_t image_run_end(BaleImage *image, uint64_t first, uint64_t end)
+{
+    uint64_t c = first + 1, next;
+
+    while ((next = image_next_cluster(image, c, end)) < end &&
+           next - c < DISCARD_GAP_MIN) {
+        c = next + 1;
+    }
+    return c;
+}
+
+/* Append one zero record and point the index at it. */
+static int image_put_zeroes(BaleImage *image, uint64_t first, uint32_t count)
 {
     BaleStore *s = image->store;
     BaleRecord r = {
-        .type = type,
+        .type = BALE_RECORD_ZERO,
         .layer = image->record.layer,
         .cluster = first,
         .count = count,
@@ -1245,17 +1267,11 @@ static int image_put_range(BaleImage *image, BaleRecordType type,
         return ret;
     }
     /* Each cluster that points at a zero record keeps it alive. */
-    live = type == BALE_RECORD_ZERO
-               ? bale_value_live(bale_value(0, 0), s->cluster_size)
-               : 0;
+    live = bale_value_live(bale_value(0, 0), s->cluster_size);
     ret = image_append(s, &r, NULL, live * count, &address);
     appended = ret == 0;
-    value = type == BALE_RECORD_ZERO ? bale_value(address, 0) : 0;
+    value = bale_value(address, 0);
     for (c = first; ret == 0 && c < first + count; c++) {
-        if (!value && !image_chunk_used(image, c)) {
-            c |= BALE_CHUNK_CLUSTERS - 1; /* nothing to drop here */
-            continue;
-        }
         ret = bale_image_index_set(image, c, value, &old);
         if (ret == 0 && old) {
             image_account_old(image, c, old);
@@ -1263,7 +1279,7 @@ static int image_put_range(BaleImage *image, BaleRecordType type,
             c--; /* this one does not point at it */
         }
     }
-    if (ret < 0 && live && appended) {
+    if (ret < 0 && appended) {
         pthread_mutex_lock(&s->log_lock);
         bale_page_live_sub(s, address, live * (first + count - c));
         pthread_mutex_unlock(&s->log_lock);
@@ -1278,20 +1294,24 @@ static void op_zero_work(BaleWork *work, void *context, unsigned worker)
 {
     ClusterOp *op = (ClusterOp *)((char *)work - offsetof(ClusterOp, work));
     BaleImage *image = op->req->image;
-    bool drop = (op->req->flags & BALE_DISCARD) && !image->backing_read;
-    uint64_t first = op->cluster, count = op->count;
+    bool discard = op->req->flags & BALE_DISCARD;
+    uint64_t first = op->cluster, end = first + op->count;
     int ret = 0;
 
-    while (ret == 0 && count > 0) {
-        uint32_t n = MIN(count, 1u << 30);
+    while (ret == 0 && first < end) {
+        uint64_t run = end;
 
-        if (!drop || image_any_cluster(image, first, n)) {
-            ret = image_put_range(image,
-                                  drop ? BALE_RECORD_DROP : BALE_RECORD_ZERO,
-                                  first, n);
+        if (discard && !image_has_backing(image)) {
+            /* What was never written reads as zeroes without our help. */
+            first = image_next_cluster(image, first, end);
+            if (first == end) {
+                break;
+            }
+            run = image_run_end(image, first, end);
         }
-        first += n;
-        count -= n;
+        run = MIN(run, first + ZERO_COUNT_MAX);
+        ret = image_put_zeroes(image, first, run - first);
+        first = run;
     }
     op_written(op, ret);
 }

@@ -561,7 +561,7 @@ int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
     if (r->seq == 0) {
         r->seq = s->next_seq++;
     }
-    if (r->type == BALE_RECORD_ZERO || r->type == BALE_RECORD_DROP) {
+    if (r->type == BALE_RECORD_DROP) {
         p->tombstone_seq = MAX(p->tombstone_seq, r->seq);
         p->overhead += size;
     }
