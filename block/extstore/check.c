@@ -236,6 +236,42 @@ static bool check_counters(Check *c, BaleImage *image, GError **errp)
     return true;
 }
 
+/* --- repair --- */
+
+/*
+ * Superblocks are written anew, the corrupt mark is taken away, and with the
+ * session that this begins the next checkpoint replaces a damaged one.  Damaged
+ * clusters stay as they are: they read as errors, and every check lists them.
+ */
+static void check_repair(Check *c)
+{
+    BaleStore *s = c->s;
+    uint64_t wrong = c->result->bad_superblocks + s->checkpoint_damaged +
+                     !!s->corrupt;
+    bool was_corrupt = s->corrupt;
+    int ret = 0;
+
+    if (!wrong || s->read_only || store_failed(s)) {
+        return;
+    }
+    pthread_rwlock_wrlock(&s->session_lock);
+    s->super.incompatible &= ~(uint64_t)BALE_INCOMPAT_CORRUPT;
+    __atomic_store_n(&s->corrupt, false, __ATOMIC_RELAXED);
+    if (s->session) {
+        ret = bale_supers_write(s);
+    } else {
+        ret = bale_session_begin(s);
+    }
+    if (ret < 0 && was_corrupt) {
+        __atomic_store_n(&s->corrupt, true, __ATOMIC_RELAXED);
+    }
+    pthread_rwlock_unlock(&s->session_lock);
+    if (ret == 0) {
+        c->result->fixed += wrong;
+        s->checkpoint_damaged = false;
+    }
+}
+
 bool bale_store_check(BaleStore *s, unsigned flags, BaleCheckReport *report,
                       void *opaque, BaleCheckResult *result, GError **errp)
 {
@@ -243,14 +279,17 @@ bool bale_store_check(BaleStore *s, unsigned flags, BaleCheckReport *report,
 
     memset(result, 0, sizeof(*result));
     check_supers(&c);
-    if (result->bad_superblocks && (flags & BALE_CHECK_FIX_ALL) &&
-        !s->read_only) {
-        bool ok;
-
-        pthread_rwlock_wrlock(&s->session_lock);
-        ok = !store_failed(s) && bale_supers_write(s) == 0;
-        pthread_rwlock_unlock(&s->session_lock);
-        result->fixed += ok ? result->bad_superblocks : 0;
+    if (s->checkpoint_damaged) {
+        result->damaged++;
+        check_finding(&c, "the checkpoint at offset %" PRIu64 ": damaged",
+                      s->super.checkpoint_address);
+    }
+    if (s->corrupt) {
+        check_finding(&c, "the store is corrupt: there may be clusters that "
+                      "show older data, or none");
+    }
+    if (flags & BALE_CHECK_FIX_ALL) {
+        check_repair(&c);
     }
     return check_counters(&c, s->image, errp) &&
            check_clusters(&c, s->image, errp);

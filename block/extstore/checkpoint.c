@@ -79,6 +79,54 @@ int bale_supers_write(BaleStore *s)
     return ret;
 }
 
+/*
+ * Write again, in place, what the page holds behind its proven end.  Recovery
+ * has read it, but a flush that failed in an earlier process may have left it
+ * in a cache that no later flush writes.  The bytes are the same, so a torn
+ * write changes nothing.
+ */
+static int session_prove_page(BaleStore *s, uint64_t page, uint8_t *buf)
+{
+    uint64_t proven = bale_page(s, page)->proven;
+    uint64_t end = bale_page(s, page)->end;
+    uint64_t at = bale_align_down(proven, BALE_BLOCK_SIZE);
+    int ret = 0;
+
+    while (ret == 0 && at < end) {
+        uint64_t n = MIN(bale_align_up(end - at, BALE_BLOCK_SIZE),
+                         WRITE_BUFFER_SIZE);
+
+        ret = bale_device_get_sync(s->dev, page_address(s, page) + at, buf,
+                                   n);
+        if (ret == 0) {
+            ret = bale_device_store_sync(s->dev, page_address(s, page) + at,
+                                         buf, n);
+        }
+        at += n;
+    }
+    return ret;
+}
+
+/* No page changes: there is no session yet, and we hold session_lock. */
+static int session_prove(BaleStore *s)
+{
+    BALE_AUTO_MEMORY uint8_t *buf = NULL;
+    int ret = 0;
+
+    for (uint64_t i = 0; ret == 0 && i < s->pages->len; i++) {
+        BalePage *p = bale_page(s, i);
+
+        if (p->version && p->proven < p->end) {
+            if (!buf) {
+                buf = bale_memory_try_alloc(BALE_BLOCK_SIZE,
+                                            WRITE_BUFFER_SIZE);
+            }
+            ret = buf ? session_prove_page(s, i, buf) : -ENOMEM;
+        }
+    }
+    return ret;
+}
+
 int bale_session_begin(BaleStore *s)
 {
     int ret;
@@ -86,13 +134,25 @@ int bale_session_begin(BaleStore *s)
     if (s->read_only) {
         return -EROFS;
     }
-    if (store_failed(s) || s->corrupt) {
+    if (store_failed(s)) {
+        return -EIO;
+    }
+    if (s->corrupt) {
+        /* Say it to whoever opens the store next, and write nothing else. */
+        if (!(s->super.incompatible & BALE_INCOMPAT_CORRUPT)) {
+            s->super.incompatible |= BALE_INCOMPAT_CORRUPT;
+            bale_supers_write(s);
+        }
         return -EIO;
     }
     if (s->session) {
         return 0;
     }
     /* What recovery found must not be lost behind what we write now. */
+    ret = session_prove(s);
+    if (ret < 0) {
+        return ret;
+    }
     ret = bale_device_flush_sync(s->dev);
     if (ret < 0) {
         bale_store_poison(s, ret, "flushing the device");
@@ -396,6 +456,11 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
     if (ret == 0) {
         /* Written anew each time, so that it pins no page for ever. */
         record = s->image->record;
+        ret = bale_image_record_append(s->image, &record, false);
+    }
+    if (ret == 0) {
+        /* And twice, in two blocks: without it nothing can be opened. */
+        bale_log_seal(s, BALE_BUCKET_META);
         ret = bale_image_record_append(s->image, &record, false);
     }
     if (ret == 0) {

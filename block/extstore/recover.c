@@ -1216,6 +1216,7 @@ bool bale_recover(BaleStore *s, GError **errp)
         if (ret < 0) {
             recover_report(s, "the checkpoint cannot be read: %s; the store "
                            "is scanned", g_strerror(-ret));
+            s->checkpoint_damaged = true;
             recover_reset(s);
             clean = false;
         }

@@ -173,6 +173,7 @@ struct BaleStore {
 
     int failed;              /* atomic: 0, or the -errno that poisoned us */
     int corrupt;             /* atomic bool */
+    bool checkpoint_damaged; /* when the store was opened */
 
     pthread_mutex_t log_lock;
     pthread_cond_t log_cond;          /* a buffer is free, a page opened, progress */

@@ -402,7 +402,8 @@ BaleStore *bale_store_open(BaleDevice *dev, const BaleOpenOptions *o,
                     "a newer feature allows only reading this store");
         return NULL;
     }
-    if ((super.incompatible & BALE_INCOMPAT_CORRUPT) && !o->read_only) {
+    if ((super.incompatible & BALE_INCOMPAT_CORRUPT) && !o->read_only &&
+        !o->repair) {
         store_error(errp, BALE_STORE_ERROR_CORRUPT,
                     "the store is marked corrupt; open it read-only, or "
                     "repair it");
@@ -419,7 +420,9 @@ BaleStore *bale_store_open(BaleDevice *dev, const BaleOpenOptions *o,
         store_free(s);
         return NULL;
     }
-    s->corrupt = super.incompatible & BALE_INCOMPAT_CORRUPT;
+    if (super.incompatible & BALE_INCOMPAT_CORRUPT) {
+        s->corrupt = true;
+    }
     if (!bale_recover(s, errp) || !store_start(s, errp)) {
         store_free(s);
         return NULL;

@@ -116,6 +116,9 @@ typedef void BaleDamageNotify(void *opaque, const char *what);
 
 typedef struct BaleOpenOptions {
     bool read_only;
+    bool repair;             /* open for writing although marked corrupt: only
+                              * bale_store_check() with BALE_CHECK_FIX_ALL makes
+                              * other writes possible */
     unsigned workers;        /* compression threads; 0: one for each core */
     uint64_t cache_size;     /* bytes of decompressed clusters kept; 0: none;
                               * BALE_CACHE_SIZE_DEFAULT is a good start */
