@@ -163,7 +163,8 @@ static int check_open(Check *c, unsigned flags)
 {
     bool fix = flags & (BALE_CHECK_FIX_LEAKS | BALE_CHECK_FIX_ALL);
     BaleStore *store =
-        bale_tool_store_open(c->name, c->device, c->path, !fix, 0);
+        bale_tool_store_open(c->name, c->device, c->path,
+                             fix ? BALE_TOOL_REPAIR : BALE_TOOL_READ, 0);
 
     if (!store) {
         return BALE_EXIT_ERROR;

@@ -395,7 +395,8 @@ static int run_export(const BaleCommand *command, int argc, char **argv)
     e->path = argv[2];
     e->salvage = salvage;
     e->progress.on = progress;
-    store = bale_tool_store_open("export", &device, argv[1], true, workers);
+    store = bale_tool_store_open("export", &device, argv[1], BALE_TOOL_READ,
+                                 workers);
     if (!store) {
         return BALE_EXIT_ERROR;
     }

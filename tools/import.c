@@ -273,7 +273,8 @@ static int import_into(Import *m, const BaleToolDevice *device,
     int status = BALE_EXIT_OK;
     int ret;
 
-    store = bale_tool_store_open("import", device, store_path, false, workers);
+    store = bale_tool_store_open("import", device, store_path,
+                                 BALE_TOOL_WRITE, workers);
     if (!store) {
         return BALE_EXIT_ERROR;
     }

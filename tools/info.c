@@ -323,7 +323,7 @@ static int info(const BaleCommand *command, int argc, char **argv)
     }
     i->path = argv[1];
     i->with_stats = stats;
-    store = bale_tool_store_open("info", &device, i->path, true, 1);
+    store = bale_tool_store_open("info", &device, i->path, BALE_TOOL_READ, 1);
     if (!store) {
         return BALE_EXIT_ERROR;
     }

@@ -56,7 +56,7 @@ static int list(const BaleCommand *command, int argc, char **argv)
         !bale_tool_arguments(command, argc, 1)) {
         return BALE_EXIT_ERROR;
     }
-    store = bale_tool_store_open("list", &device, argv[1], true, 1);
+    store = bale_tool_store_open("list", &device, argv[1], BALE_TOOL_READ, 1);
     if (!store) {
         return BALE_EXIT_ERROR;
     }

@@ -57,12 +57,18 @@ G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(BaleToolDevice, bale_tool_device_clear)
 BaleDevice *bale_tool_device_open(const char *command, const BaleToolDevice *d,
                                   const char *store, unsigned flags);
 
+typedef enum BaleToolOpen {
+    BALE_TOOL_READ,
+    BALE_TOOL_WRITE,
+    BALE_TOOL_REPAIR, /* for writing, also if the store is marked corrupt */
+} BaleToolOpen;
+
 /*
  * Open @store.  Damage that is found while it is open is printed as a warning.
  * @workers: 0: one for each core.  NULL: the error has been printed.
  */
 BaleStore *bale_tool_store_open(const char *command, const BaleToolDevice *d,
-                                const char *store, bool read_only,
+                                const char *store, BaleToolOpen mode,
                                 unsigned workers);
 
 /*

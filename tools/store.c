@@ -83,13 +83,14 @@ static void store_damaged(void *opaque, const char *what)
 }
 
 BaleStore *bale_tool_store_open(const char *command, const BaleToolDevice *d,
-                                const char *store, bool read_only,
+                                const char *store, BaleToolOpen mode,
                                 unsigned workers)
 {
     g_autoptr(GError) error = NULL;
     g_autoptr(BaleDevice) dev = NULL;
     BaleOpenOptions options = {
-        .read_only = read_only,
+        .read_only = mode == BALE_TOOL_READ,
+        .repair = mode == BALE_TOOL_REPAIR,
         .workers = workers,
         .failed = store_failed,
         .damage = store_damaged,
@@ -98,7 +99,7 @@ BaleStore *bale_tool_store_open(const char *command, const BaleToolDevice *d,
     BaleStore *opened;
 
     dev = bale_tool_device_open(command, d, store,
-                                read_only ? BALE_DEVICE_READ_ONLY : 0);
+                                options.read_only ? BALE_DEVICE_READ_ONLY : 0);
     if (!dev) {
         return NULL;
     }

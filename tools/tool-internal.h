@@ -48,6 +48,7 @@ extern const BaleCommand bale_command_info;
 extern const BaleCommand bale_command_list;
 extern const BaleCommand bale_command_check;
 extern const BaleCommand bale_command_verify;
+extern const BaleCommand bale_command_compact;
 extern const BaleCommand bale_command_export;
 extern const BaleCommand bale_command_import;
 
