@@ -331,7 +331,7 @@ class HostileStores(BadInputCase):
     """Nonsense under right checksums: an error or an answer, never a crash,
     a hang or another program's memory."""
 
-    ROUNDS = 3000 if bale_iotests.LONG else 120
+    ROUNDS = 1500 if bale_iotests.LONG else 120
     INTERESTING = (0, 1, 2, 15, 16, 63, 64, 255, 4096, (1 << 16) - 1, 1 << 20,
                    1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 36,
                    1 << 40, (1 << 48) - 1, 1 << 60, 1 << 63, (1 << 64) - 1)
