@@ -1322,8 +1322,9 @@ static void write_start(BaleRequest *req)
     BaleImage *image = req->image;
     BaleStore *s = image->store;
 
-    if (store_failed(s) || s->read_only) {
-        req->ret = store_failed(s) ? -EIO : -EROFS;
+    if (store_failed(s) || s->read_only ||
+        __atomic_load_n(&s->corrupt, __ATOMIC_RELAXED)) {
+        req->ret = s->read_only ? -EROFS : -EIO;
         request_unref(req);
         return;
     }

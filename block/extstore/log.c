@@ -498,8 +498,9 @@ static int log_open_buffer(BaleStore *s, BaleBucket bucket, uint32_t size,
                 buffer_open(s, wb, bucket);
                 continue;
             }
-            if (s->buffers->len == 0) {
-                return -ENOMEM;
+            if (s->buffers->len < WRITE_BUFFERS_MAX &&
+                g_queue_is_empty(&s->in_flight)) {
+                return -ENOMEM; /* and none will come back */
             }
         }
 

@@ -155,8 +155,12 @@ void bale_maintain_stop(BaleStore *s)
         pthread_cond_signal(&s->maintain_cond);
         pthread_mutex_unlock(&s->log_lock);
         pthread_join(s->maintain_thread, NULL);
+        /* Who waits for space must not wait for a thread that is gone. */
+        pthread_mutex_lock(&s->log_lock);
         s->maintain_started = false;
         s->maintain_stop = false;
+        pthread_cond_broadcast(&s->log_cond);
+        pthread_mutex_unlock(&s->log_lock);
     }
 }
 

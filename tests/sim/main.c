@@ -138,7 +138,7 @@ static void run_class(const Class *class, double budget, uint32_t seed,
     g_autoptr(GRand) rand = g_rand_new_with_seed(seed);
     g_autoptr(GTimer) timer = g_timer_new();
     g_autofree char *more = NULL;
-    uint64_t count = 0, cases = 0;
+    uint64_t count = 0, cases = 0, corrupt = corrupt_states;
     unsigned failed = 0;
     Case c;
 
@@ -161,9 +161,10 @@ static void run_class(const Class *class, double budget, uint32_t seed,
             failed++;
         }
     }
-    more = g_strdup_printf("%s: %" G_GUINT64_FORMAT " states of %"
-                           G_GUINT64_FORMAT " cases, seed %" PRIu32,
-                           class->what, count, cases, seed);
+    corrupt = corrupt_states - corrupt;
+    more = g_strdup_printf("%s: %" PRIu64 " states of %" PRIu64 " cases, %"
+                           PRIu64 " of them marked corrupt, seed %" PRIu32,
+                           class->what, count, cases, corrupt, seed);
     print_result(!failed, class->name, more);
 }
 

@@ -119,6 +119,8 @@ typedef struct World {
     uint8_t *buf;       /* max_sectors long */
     GString *story;     /* NULL: nobody wants it */
     unsigned workers;
+    bool doubtful;      /* reopened after a failure and not written since: a
+                         * flush has nothing to make durable */
     uint64_t proven_event; /* what was flushed by then is proven */
     gint complaints;    /* damage that the store has reported */
     gint failures;      /* times that it said it was poisoned */
@@ -187,6 +189,8 @@ extern const Class class_crash, class_recovery, class_fault, class_flush,
     class_memory, class_damage, class_super, class_model;
 
 extern bool verbose;  /* print the story of each case */
+/* Damaged stores that opened marked as corrupt: reported, not compared. */
+extern uint64_t corrupt_states;
 
 /* Sequences: all up to length 3 in an order of @rand's, then samples. */
 bool sequence_next(Case *c, const char *class_name, uint64_t n, GRand *rand,

@@ -354,9 +354,9 @@ bool world_close(World *w)
 
     bale_image_close(w->image);
     ok = bale_store_close(w->store, &err);
-    if (ok) {
+    if (ok && !w->doubtful) {
         oracle_flushed(w->oracle, moment, bale_sim_events(w->sim));
-    } else {
+    } else if (!ok) {
         world_tell(w, "  close: %s\n", err->message);
     }
     w->store = NULL;
@@ -450,6 +450,10 @@ static int step_request(World *w, char step)
     }
     oracle_end(w->oracle, r.first, r.n, begun, ret == 0,
                step == 'u' ? bale_sim_events(w->sim) : EVENT_NEVER);
+    if (step == 'w' || step == 'u') {
+        /* That went to the log: a session has begun. */
+        w->doubtful &= ret != 0;
+    }
     if (step == 'u' && ret == 0) {
         oracle_flushed(w->oracle, begun - 1, bale_sim_events(w->sim));
     }
@@ -471,8 +475,20 @@ static bool step_resize(World *w, char step)
     bool ok;
 
     begun_size = oracle_begin(o, oracle_size(o), 1, new, event);
+    if (new > old && old < w->backing_sectors) {
+        /* Until it was zeroed, what lies under the image shows there. */
+        unsigned under = MIN(w->backing_sectors, new) - old;
+
+        begun = oracle_begin(o, old, under, VALUE_BACKING, event);
+        oracle_end(o, old, under, begun, false, EVENT_NEVER);
+    }
     begun = oracle_begin(o, from, n, VALUE_ZERO, event);
     ok = bale_image_resize(w->image, (uint64_t)new * SECTOR, &err);
+    if (ok && new > old && w->geo->backing) {
+        /* As the QEMU driver does. */
+        ok = bale_image_zero_sync(w->image, (uint64_t)old * SECTOR,
+                                  (uint64_t)n * SECTOR, BALE_FUA) == 0;
+    }
     event = bale_sim_events(w->sim);
     oracle_end(o, from, n, begun, ok, event);
     oracle_end(o, oracle_size(o), 1, begun_size, ok, event);
@@ -519,10 +535,50 @@ static bool step_barrier(World *w, char step)
     bool ok = step == 'f' ? bale_store_flush_sync(w->store) == 0
                           : bale_store_checkpoint(w->store, &err);
 
-    if (ok) {
+    if (ok && !w->doubtful) {
         oracle_flushed(w->oracle, moment, bale_sim_events(w->sim));
     }
     return ok;
+}
+
+/*
+ * After a close that failed, what is there is what a crash could have left,
+ * and from now on reads must answer that.
+ */
+static void world_recovered(World *w)
+{
+    unsigned size = bale_image_size(w->image) / SECTOR;
+    uint64_t event = bale_sim_events(w->sim), begun;
+    Oracle *o = w->oracle;
+    BaleImageInfo info;
+    uint32_t value;
+
+    w->doubtful = true;
+    bale_image_get_info(w->image, &info);
+    for (unsigned i = 0; i < w->max_sectors + 2; i++) {
+        if (i == oracle_size(o)) {
+            value = size;
+        } else if (i == oracle_name(o)) {
+            value = backing_number(info.backing_file);
+        } else if (i >= size) {
+            value = VALUE_ZERO;
+        } else if (bale_image_read_sync(w->image, (uint64_t)i * SECTOR,
+                                        w->buf, SECTOR) == 0) {
+            value = world_value(w, w->buf, i);
+        } else {
+            continue; /* a fault; a later read tells */
+        }
+        if (i != oracle_size(o) && i != oracle_name(o) && i >= size) {
+            /* Cut off, or never there. */
+        } else if (!oracle_allows(o, i, value, event, 0)) {
+            g_autofree char *may = oracle_describe(o, i, event);
+
+            world_broken(w, "after a failed close, %u is %" PRIu32
+                         " and should be %s", i, value, may);
+        }
+        begun = oracle_begin(o, i, 1, value, event);
+        oracle_end(o, i, 1, begun, true, EVENT_NEVER);
+    }
 }
 
 bool world_step(World *w, char step)
@@ -548,7 +604,10 @@ bool world_step(World *w, char step)
         break;
     case 'r':
         ok = world_close(w);
-        ok = world_open(w) && ok;
+        if (world_open(w) && !ok) {
+            world_recovered(w);
+        }
+        ok = ok && w->store;
         break;
     case 'x':
         world_read(w, false);
@@ -557,6 +616,9 @@ bool world_step(World *w, char step)
     default:
         ok = step_request(w, step) == 0;
         break;
+    }
+    if (ok && strchr("sgcb", step)) {
+        w->doubtful = false;
     }
     if (!ok) {
         world_tell(w, "    refused\n");
