@@ -305,6 +305,7 @@ class Page:
         self.base = base
         self.state = 'free'     # free, used, damaged header, foreign
         self.freed = 0          # version that was given up
+        self.blank = False      # the first two blocks are zeroes
         self.bucket = None
         self.version = None
         self.first_sequence = 0
@@ -514,9 +515,10 @@ class Store:
         if self.pages is not None:
             return
         self.barriers = {}      # (page, version) -> proven end
+        self.strong = set()     # those that nothing can have outdated
         self.add_checkpoint_ends()
         self.pages = [self.scan_page(n) for n in range(self.page_count)]
-        self.resolve_headerless()
+        self.resolve_headers()
         for page in self.pages:
             page.proven = self.barriers.get((page.number, page.version), 0)
             if page.version is not None:
@@ -549,21 +551,25 @@ class Store:
             elif not empty or not is_zero(self.device.read(page.base + BLOCK,
                                                            BLOCK)):
                 page.state = 'foreign'
+            else:
+                page.blank = True
         if page.version is not None:
             self.walk(page)
         return page
 
-    def resolve_headerless(self):
-        """Pages without a header whose version only a barrier knows."""
+    def resolve_headers(self):
+        """Pages of which a barrier knows a higher version than the header:
+        it is damaged, or stale."""
         again = True
-        while again:            # each round gives a page its version
+        while again:            # each round gives a page a higher version
             again = False
             for page in self.pages:
-                versions = [v for number, v in self.barriers
-                            if number == page.number]
-                if page.state == 'foreign' and versions:
-                    page.state = 'damaged header'
-                    page.version = max(versions)
+                known = self.strong if page.blank else self.barriers
+                version = max([v for number, v in known
+                               if number == page.number], default=0)
+                if version > max(page.version or 0, page.freed):
+                    page.state, page.blank = 'damaged header', False
+                    page.version, page.segments = version, []
                     self.walk(page)
                     again = True
 
@@ -623,7 +629,8 @@ class Store:
         segment.barriers = [BARRIER.unpack_from(payload, 24 + 24 * i)
                             for i in range(barriers)]
         for barrier in segment.barriers:
-            self.add_barrier(*barrier)
+            self.add_barrier(*barrier,
+                             head.sequence >= self.sb.next_sequence)
         self.fill_segment(segment)
         return segment
 
@@ -715,15 +722,17 @@ class Store:
         try:
             for entry in self.checkpoint_pages(self.read_root()):
                 self.add_barrier(entry['page'], entry['version'],
-                                 entry['end'])
+                                 entry['end'], True)
         except Damage as error:
             self.problem(f'checkpoint: {error}')
 
-    def add_barrier(self, page, version, end):
-        if (page < self.page_count and end <= self.sb.page_size
-                and end % BLOCK == 0 and version != 0):
-            key = page, version
-            self.barriers[key] = max(self.barriers.get(key, 0), end)
+    def add_barrier(self, page, version, end, strong):
+        if end > self.sb.page_size or end % BLOCK or version == 0:
+            return
+        key = page, version
+        if strong:
+            self.strong.add(key)
+        self.barriers[key] = max(self.barriers.get(key, 0), end)
 
     def judge_page(self, page):
         """Drop the torn tail of @page and report damage below its proven
@@ -814,6 +823,11 @@ class Store:
             elif page.proven > BLOCK and not page.segments:
                 self.problem(f'page {page.number}: nothing readable')
                 self.corrupt = True
+        for number, version in self.strong:
+            if number >= self.page_count:
+                self.problem(f'page {number} lies behind the end of the '
+                             'device')
+                self.corrupt = True
         applied.sort(key=lambda r: r.sequence)
         for r in applied:
             self.apply(state, r)
@@ -864,7 +878,7 @@ class Store:
         if self.sb.root_length != r.header_length + r.payload_length:
             raise Damage('root: wrong length')
         next_sequence, pages, parts = ROOT_HEAD.unpack_from(payload)
-        if parts > PARTS_MAX or pages > self.page_count:
+        if parts > PARTS_MAX or pages * self.sb.page_size > DEVICE_MAX:
             raise Damage('root: pages or parts out of range')
         if len(payload) != ROOT_HEAD.size + parts * PART_ENTRY.size:
             raise Damage('root: wrong payload length')

@@ -328,6 +328,54 @@ class DamagedStores(ReaderCase):
             store = self.check_bytes(disk)
             self.assertIn('page 0: damaged header', store.problems)
 
+    def crashed(self):
+        """Two pages, the first one proven by the second one, all written
+        in the session that the superblocks know nothing of."""
+        disk, first, _ = self.two_segments()
+        f = disk.forge
+        self.prove_all(disk)
+        f.superblocks(clean=False)
+        f.patch_super(None, next_sequence=1)
+        self.assertEqual(self.check_bytes(disk).problems, [])
+        return disk, f
+
+    def test_whole_page_zeroed(self):
+        disk, f = self.crashed()
+        f.put(f.base(0), bytes(f.page_size))
+        store = reader.Store(self.save(disk))
+        store.scan()
+        self.assertTrue(store.corrupt)
+
+    def test_page_cut_off(self):
+        # The page that proves the other one comes first on the device.
+        disk = Disk(self.random)
+        f = disk.forge
+        f.open_page(page=1)
+        f.segment([f.image(), disk.write(3)])
+        barriers = f.barrier_all()
+        f.open_page(page=0)
+        f.segment([f.image()], barriers)
+        f.superblocks(clean=False)
+        f.patch_super(None, next_sequence=1)
+        self.assertEqual(self.check_bytes(disk).problems, [])
+        del f.bytes[f.base(1):]
+        store = reader.Store(self.save(disk))
+        store.scan()
+        self.assertTrue(store.corrupt)
+
+    def test_freed_page_holds_nothing(self):
+        disk, f = self.crashed()
+        f.segment([f.image()] + [disk.write(i) for i in range(16)])
+        f.patch_page(0, magic=b'BALEFREE')
+        self.assertEqual(self.check_bytes(disk).problems, [])
+
+    def test_stale_mark_of_a_freed_page(self):
+        # The header of the page's second use never came; a barrier did.
+        disk, f = self.crashed()
+        f.patch_page(0, magic=b'BALEFREE', version=1)
+        store = self.check_bytes(disk)
+        self.assertIn('page 0: damaged header', store.problems)
+
     def test_stale_page_version(self):
         # The page's second use begins like its first one.
         disk, first, second = self.two_segments()
