@@ -293,6 +293,7 @@ static int engine_open(BlockDriverState *bs, bool read_only,
     EngineOpen o = {
         .options = {
             .read_only = read_only,
+            .repair = bs->open_flags & BDRV_O_CHECK,
             .workers = s->workers,
             .cache_size = s->cache_size,
             .failed = notice_failed,
@@ -810,7 +811,7 @@ static int coroutine_fn bale_co_pdiscard(BlockDriverState *bs, int64_t offset,
     return zero_range(bs, offset, end - offset, discard_flags(bs));
 }
 
-static int coroutine_fn bale_co_flush(BlockDriverState *bs)
+static int coroutine_fn bale_co_flush_to_disk(BlockDriverState *bs)
 {
     BDRVBaleState *s = bs->opaque;
     BaleCoRequest req;
@@ -823,6 +824,15 @@ static int coroutine_fn bale_co_flush(BlockDriverState *bs)
     bale_co_request_add(&req);
     bale_store_flush(s->store, bale_co_request_done, &req);
     return bale_co_request_wait(&req);
+}
+
+/*
+ * With cache=unsafe the block layer stops after this one: what was flushed then
+ * survives the end of this process, but not that of the host.
+ */
+static int coroutine_fn bale_co_flush_to_os(BlockDriverState *bs)
+{
+    return bs->open_flags & BDRV_O_NO_FLUSH ? bale_co_flush_to_disk(bs) : 0;
 }
 
 static int coroutine_fn bale_co_block_status(BlockDriverState *bs,
@@ -1414,7 +1424,8 @@ static BlockDriver bdrv_bale = {
     .bdrv_co_pwritev_compressed_part = bale_co_pwritev_compressed_part,
     .bdrv_co_pwrite_zeroes           = bale_co_pwrite_zeroes,
     .bdrv_co_pdiscard                = bale_co_pdiscard,
-    .bdrv_co_flush_to_os             = bale_co_flush,
+    .bdrv_co_flush_to_os             = bale_co_flush_to_os,
+    .bdrv_co_flush_to_disk           = bale_co_flush_to_disk,
     .bdrv_co_block_status            = bale_co_block_status,
 
     .bdrv_co_drain_begin             = bale_co_drain_begin,

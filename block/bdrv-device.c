@@ -192,7 +192,10 @@ static int coroutine_fn device_co_run(BaleBdrvDevice *d, DeviceOpKind kind,
         qemu_iovec_init_buf(&qiov, io->buf, io->len);
     }
 
-    /* The events let blkdebug below the store fail what a test wants failed. */
+    /*
+     * The events let blkdebug below the store fail what a test wants failed.
+     * That of a flush is raised by the block layer, before the driver's flush.
+     */
     switch (kind) {
     case DEVICE_GET:
         BLKDBG_EVENT(child, BLKDBG_READ_AIO);
@@ -201,7 +204,6 @@ static int coroutine_fn device_co_run(BaleBdrvDevice *d, DeviceOpKind kind,
         BLKDBG_EVENT(child, BLKDBG_WRITE_AIO);
         return bdrv_co_pwritev(child, io->offset, io->len, &qiov, 0);
     case DEVICE_FLUSH:
-        BLKDBG_EVENT(child, BLKDBG_FLUSH_TO_DISK);
         return bdrv_co_flush(child->bs);
     case DEVICE_ALLOCATE:
         return device_co_grow(d, child, io->offset + io->len);
