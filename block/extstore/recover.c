@@ -1200,7 +1200,8 @@ bool bale_recover(BaleStore *s, GError **errp)
     bool clean = s->super.state & BALE_STATE_CLEAN;
     int ret;
 
-    if (clean && s->dev_info.size < s->super.device_end) {
+    /* Also when not clean: between checkpoints a device only grows. */
+    if (s->dev_info.size < s->super.device_end) {
         g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_CORRUPT,
                     "the store was truncated: it ends at %" PRIu64
                     ", but its data reaches to %" PRIu64,

@@ -77,6 +77,23 @@ static GArray *damage_sectors(BaleSimImage *image)
     return out;
 }
 
+/* Is @at in what was written after everything was proven? */
+static bool damage_in_tail(World *w, uint64_t at)
+{
+    uint64_t ops = bale_sim_ops(w->sim);
+
+    for (uint64_t i = 0; i < ops; i++) {
+        BaleSimOp op;
+
+        bale_sim_op(w->sim, i, &op);
+        if (op.kind == BALE_SIM_OP_STORE && op.submitted > w->proven_event &&
+            at >= op.offset && at < op.offset + op.len) {
+            return true;
+        }
+    }
+    return false;
+}
+
 /* A copy of the device with sector @n damaged; NULL: that changes nothing. */
 static BaleSimImage *damage_apply(World *w, BaleSimImage *image, int kind,
                                   GArray *sectors, uint64_t n, GRand *rand)
@@ -112,6 +129,10 @@ static BaleSimImage *damage_apply(World *w, BaleSimImage *image, int kind,
         break;
     }
     case DAMAGE_SWAP:
+        if (damage_in_tail(w, at) != damage_in_tail(w, other)) {
+            /* Two damages: of data, and of the barrier that proves it. */
+            break;
+        }
         bale_sim_swap(dev, at, other, SECTOR);
         break;
     case DAMAGE_DUPLICATE:
@@ -136,17 +157,30 @@ static char *damage_try(World *w, BaleSimImage *image, bool clean,
     return verify_image(w, image, bale_sim_events(w->sim), flags, NULL);
 }
 
+/*
+ * Where the device may not end earlier, as the superblock says.  Behind that
+ * a cut takes away the barriers along with what they prove: nobody can tell.
+ */
+static uint64_t damage_known_end(BaleSimImage *image, bool clean)
+{
+    uint64_t end;
+
+    bale_sim_image_read(image, 128, &end, sizeof(end));
+    return clean ? bale_sim_image_size(image) : GUINT64_FROM_LE(end);
+}
+
 /* Cut at, and extended behind, each of a number of places. */
 static char *damage_size(Case *c, World *w, BaleSimImage *image, bool clean,
                          uint64_t *count)
 {
     uint64_t size = bale_sim_image_size(image);
+    uint64_t known = damage_known_end(image, clean);
     BaleSimOptions options = { .no_history = true };
     g_autoptr(GRand) rand = g_rand_new_with_seed(c->seed);
     char *error = NULL;
 
     for (int i = 0; !error && i < 24; i++) {
-        uint64_t to = i < 16 ? g_rand_double(rand) * (size / SECTOR) * SECTOR
+        uint64_t to = i < 16 ? g_rand_double(rand) * known
                              : size + ((uint64_t)SECTOR << i);
         BaleDevice *dev = bale_sim_new_from_image(image, &options);
         g_autoptr(BaleSimImage) damaged = NULL;
