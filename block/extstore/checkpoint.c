@@ -87,8 +87,11 @@ int bale_supers_write(BaleStore *s)
  */
 static int session_prove_page(BaleStore *s, uint64_t page, uint8_t *buf)
 {
-    uint64_t proven = bale_page(s, page)->proven;
-    uint64_t end = bale_page(s, page)->end;
+    BalePage *p = bale_page(s, page);
+    BalePageHeader header = { p->bucket, page, p->version, p->first_seq,
+                              false };
+    uint64_t proven = p->proven;
+    uint64_t end = p->end;
     uint64_t at = bale_align_down(proven, BALE_BLOCK_SIZE);
     int ret = 0;
 
@@ -99,6 +102,10 @@ static int session_prove_page(BaleStore *s, uint64_t page, uint8_t *buf)
         ret = bale_device_get_sync(s->dev, page_address(s, page) + at, buf,
                                    n);
         if (ret == 0) {
+            if (at == 0) {
+                /* The page's first write was torn, and this may be missing. */
+                bale_page_header_encode(&header, s->identity, buf);
+            }
             ret = bale_device_store_sync(s->dev, page_address(s, page) + at,
                                          buf, n);
         }
