@@ -221,9 +221,6 @@ static bool check_counters(Check *c, BaleImage *image, GError **errp)
         if (p->state == BALE_PAGE_SEALED && !count.live[i] &&
             !p->tombstone_seq) {
             c->result->leaked_pages++;
-            if (s->session) {
-                bale_page_consider(s, i);
-            }
         }
     }
     pthread_mutex_unlock(&s->log_lock);
@@ -272,6 +269,21 @@ static void check_repair(Check *c)
     }
 }
 
+/* Dead pages are given back in a session; begin one for them. */
+static void check_free_leaks(Check *c)
+{
+    BaleStore *s = c->s;
+
+    if (!c->result->leaked_pages || bale_image_write_begin(s->image) < 0) {
+        return;
+    }
+    pthread_mutex_lock(&s->log_lock);
+    bale_page_consider_all(s);
+    pthread_mutex_unlock(&s->log_lock);
+    bale_image_write_end(s->image);
+    c->result->fixed += c->result->leaked_pages;
+}
+
 bool bale_store_check(BaleStore *s, unsigned flags, BaleCheckReport *report,
                       void *opaque, BaleCheckResult *result, GError **errp)
 {
@@ -291,6 +303,11 @@ bool bale_store_check(BaleStore *s, unsigned flags, BaleCheckReport *report,
     if (flags & BALE_CHECK_FIX_ALL) {
         check_repair(&c);
     }
-    return check_counters(&c, s->image, errp) &&
-           check_clusters(&c, s->image, errp);
+    if (!check_counters(&c, s->image, errp)) {
+        return false;
+    }
+    if (flags & (BALE_CHECK_FIX_LEAKS | BALE_CHECK_FIX_ALL)) {
+        check_free_leaks(&c);
+    }
+    return check_clusters(&c, s->image, errp);
 }

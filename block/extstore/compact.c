@@ -257,10 +257,11 @@ static int compact_segment(Compact *c, uint64_t offset, uint64_t *next)
     /* Records follow each other: no need for the directory. */
     end = offset + bale_align_up(BALE_RECORD_HEADER_LEN + r.payload_len,
                                  BALE_RECORD_ALIGN);
-    while (ret == 0 && end < segment.directory_offset) {
+    for (uint32_t n = 0; ret == 0 && n < segment.records; n++) {
         uint64_t address = page_address(s, c->page) + end;
 
-        if (compact_record(c, offset, end, *next, &r, &payload) < 0) {
+        if (end >= segment.directory_offset ||
+            compact_record(c, offset, end, *next, &r, &payload) < 0) {
             c->stuck = true;
             return -EIO;
         }

@@ -168,7 +168,8 @@ int bale_super_decode(BaleSuper *s, unsigned copy, const uint8_t *buf,
         *reason = "no superblock";
         return -ENOENT;
     }
-    if (get32(buf + SUPER_VERSION) != BALE_FORMAT_VERSION) {
+    s->version = get32(buf + SUPER_VERSION);
+    if (s->version != BALE_FORMAT_VERSION) {
         *reason = "the format version is newer than this program knows";
         return -ENOTSUP;
     }

@@ -44,6 +44,7 @@ enum {
 };
 
 typedef struct BaleSuper {
+    uint32_t version;    /* set by decode, also when that is -ENOTSUP */
     uint64_t incompatible, ro_compatible, compatible;
     uint8_t uuid[16];
     uint64_t generation;

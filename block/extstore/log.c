@@ -69,9 +69,12 @@ static void log_flushed(BaleDeviceIo *io, int ret);
 /* Bytes of a segment with @used bytes of records and @records of them. */
 static uint64_t segment_len(uint64_t used, uint64_t records)
 {
-    return bale_align_up(used + BALE_RECORD_HEADER_LEN +
-                             records * BALE_DIRECTORY_ENTRY_LEN,
-                         BALE_BLOCK_SIZE);
+    uint64_t directory =
+        bale_align_up(BALE_RECORD_HEADER_LEN +
+                          records * BALE_DIRECTORY_ENTRY_LEN,
+                      BALE_RECORD_ALIGN);
+
+    return bale_align_up(used + directory, BALE_BLOCK_SIZE);
 }
 
 static bool buffer_fits(BaleWriteBuffer *wb, uint32_t size)
@@ -108,24 +111,25 @@ static void buffer_put_record(BaleWriteBuffer *wb, BaleRecord *r, uint32_t at)
 static void buffer_finish(BaleWriteBuffer *wb)
 {
     uint32_t n = wb->directory->len;
-    uint32_t at = wb->used;
+    BaleRecord r = {
+        .type = BALE_RECORD_DIRECTORY,
+        .header_len = BALE_RECORD_HEADER_LEN,
+        .payload_len = n * BALE_DIRECTORY_ENTRY_LEN,
+    };
+    /* At the very end, away from the headers that it repeats. */
+    uint32_t at = wb->len - bale_record_size(&r);
     uint8_t *p = wb->buf + at + BALE_RECORD_HEADER_LEN;
-    BaleRecord r = { .type = BALE_RECORD_DIRECTORY };
     BaleSegment segment;
-    uint32_t end;
 
-    g_assert(wb->writers == 0 && n > 0);
+    g_assert(wb->writers == 0 && n > 0 && at >= wb->used);
+    memset(wb->buf + wb->used, 0, at - wb->used);
     r.seq = g_array_index(wb->directory, BaleDirectoryEntry, n - 1).record.seq;
     for (uint32_t i = 0; i < n; i++) {
         bale_directory_entry_encode(
             &g_array_index(wb->directory, BaleDirectoryEntry, i), p);
         p += BALE_DIRECTORY_ENTRY_LEN;
     }
-    r.payload_len = n * BALE_DIRECTORY_ENTRY_LEN;
     buffer_put_record(wb, &r, at);
-    end = at + bale_record_size(&r);
-    g_assert(end <= wb->len);
-    memset(wb->buf + end, 0, wb->len - end);
 
     segment.segment_len = wb->len - wb->segment;
     segment.directory_offset = wb->offset + at;

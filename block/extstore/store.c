@@ -334,6 +334,7 @@ static bool store_read_supers(BaleDevice *dev, BaleSuper *super,
     const char *unsupported = NULL, *damaged = NULL;
     bool found = false, refused = false;
     uint64_t refused_generation = 0;
+    uint32_t version = 0;
 
     if (!block) {
         return store_error(errp, BALE_STORE_ERROR_NO_MEMORY,
@@ -360,6 +361,7 @@ static bool store_read_supers(BaleDevice *dev, BaleSuper *super,
             refused |= next.generation > 0;
             refused_generation = MAX(refused_generation, next.generation);
             unsupported = reason;
+            version = next.version;
         } else if (ret == -EIO) {
             damaged = reason;
         }
@@ -372,7 +374,8 @@ static bool store_read_supers(BaleDevice *dev, BaleSuper *super,
     }
     if (unsupported) {
         return store_error(errp, BALE_STORE_ERROR_UNSUPPORTED,
-                           "not supported: %s", unsupported);
+                           "not supported: %s (version %" PRIu32 ")",
+                           unsupported, version);
     }
     if (damaged) {
         return store_error(errp, BALE_STORE_ERROR_CORRUPT,
