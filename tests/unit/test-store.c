@@ -529,6 +529,80 @@ static void test_parallel_partial_writes(void)
     fixture_close(&f);
 }
 
+/*
+ * A partial write of a new cluster waits for the rest of it if nothing lies
+ * under the image, and is completed at once if something does.  What waited
+ * keeps its zeroes when something comes to lie under it later.
+ */
+static bool backing_there;
+
+static bool backing_present(void *opaque)
+{
+    return backing_there;
+}
+
+static void backing_read(void *opaque, uint64_t offset, void *buf, size_t len,
+                         BaleDone *done, void *done_opaque)
+{
+    memset(buf, 'b', len);
+    done(done_opaque, 0);
+}
+
+static uint64_t records_appended(Fixture *f)
+{
+    BaleStoreStats stats;
+
+    bale_store_get_stats(f->store, &stats);
+    return stats.records_appended;
+}
+
+static void test_partial_writes_over_backing(void)
+{
+    enum { CLUSTER = 16384, HALF = CLUSTER / 2 };
+    g_autofree uint8_t *data = g_malloc(CLUSTER);
+    g_autofree uint8_t *seen = g_malloc(CLUSTER);
+    uint64_t records;
+    Fixture f;
+
+    fixture_init(&f, BALE_CODEC_ZSTD);
+    memset(data, 'w', CLUSTER);
+    bale_image_set_backing_read(f.image, backing_read, NULL);
+    bale_image_set_backing_present(f.image, backing_present);
+
+    backing_there = false;
+    records = records_appended(&f);
+    for (unsigned i = 0; i < 2; i++) {
+        g_assert_cmpint(bale_image_write_sync(f.image, i * HALF, data, HALF,
+                                              0), ==, 0);
+    }
+    /* Half of cluster 1. */
+    g_assert_cmpint(bale_image_write_sync(f.image, CLUSTER, data, HALF, 0), ==,
+                    0);
+    backing_there = true;
+    for (unsigned flushed = 0; flushed < 2; flushed++) {
+        g_assert_cmpint(bale_image_read_sync(f.image, CLUSTER, seen, CLUSTER),
+                        ==, 0);
+        g_assert_true(memcmp(seen, data, HALF) == 0);
+        g_assert_true(seen[HALF] == 0 && seen[CLUSTER - 1] == 0);
+        g_assert_cmpint(bale_image_read_sync(f.image, CLUSTER + HALF, seen,
+                                             HALF), ==, 0);
+        g_assert_true(seen[0] == 0);
+        g_assert_cmpint(bale_store_flush_sync(f.store), ==, 0);
+    }
+    g_assert_cmpuint(records_appended(&f) - records, ==, 2);
+
+    /* Half of cluster 2, with something under it. */
+    g_assert_cmpint(bale_image_write_sync(f.image, 2 * CLUSTER, data, HALF, 0),
+                    ==, 0);
+    g_assert_cmpuint(records_appended(&f) - records, ==, 3);
+    g_assert_cmpint(bale_image_read_sync(f.image, 2 * CLUSTER, seen, CLUSTER),
+                    ==, 0);
+    g_assert_true(memcmp(seen, data, HALF) == 0);
+    g_assert_true(seen[HALF] == 'b' && seen[CLUSTER - 1] == 'b');
+    check_clean(&f);
+    fixture_close(&f);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -544,6 +618,8 @@ int main(int argc, char **argv)
     g_test_add_func("/store/resize", test_resize);
     g_test_add_func("/store/out-of-range", test_out_of_range);
     g_test_add_func("/store/full", test_full);
+    g_test_add_func("/store/partial-writes-over-backing",
+                    test_partial_writes_over_backing);
     g_test_add_func("/store/parallel-partial-writes",
                     test_parallel_partial_writes);
     g_test_add_data_func("/store/model/none",
