@@ -28,6 +28,7 @@
 #include <string.h>
 
 #include "util/memory.h"
+#include "util/planted.h"
 
 /* Dying pages are given so many flushes to become free before a checkpoint. */
 #define DYING_FLUSHES_MAX 4
@@ -53,6 +54,9 @@ static int super_write_round(BaleStore *s, unsigned first, uint8_t *block)
     __atomic_store_n(&s->super.generation, s->super.generation + 1,
                      __ATOMIC_RELAXED);
     for (unsigned copy = first; copy < BALE_SUPER_COPIES; copy += 2) {
+        if (BALE_PLANTED(super_one_copy) && copy > 0) {
+            continue;
+        }
         bale_super_encode(&s->super, copy, block);
         ret = bale_device_store_sync(s->dev, bale_super_address(copy), block,
                                      BALE_BLOCK_SIZE);
@@ -156,7 +160,7 @@ int bale_session_begin(BaleStore *s)
         return 0;
     }
     /* What recovery found must not be lost behind what we write now. */
-    ret = session_prove(s);
+    ret = BALE_PLANTED(tail_not_proven) ? 0 : session_prove(s);
     if (ret < 0) {
         return ret;
     }
@@ -165,7 +169,9 @@ int bale_session_begin(BaleStore *s)
         bale_store_poison(s, ret, "flushing the device");
         return -EIO;
     }
-    s->super.state &= ~(uint32_t)BALE_STATE_CLEAN;
+    if (!BALE_PLANTED(session_not_marked)) {
+        s->super.state &= ~(uint32_t)BALE_STATE_CLEAN;
+    }
     ret = bale_supers_write(s);
     if (ret < 0) {
         return ret;
@@ -482,7 +488,7 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
         g_array_append_val(w.parts, part);
         ret = writer_pages_and_root(&w, &root);
     }
-    if (ret == 0) {
+    if (ret == 0 && !BALE_PLANTED(order_swapped)) {
         ret = bale_log_flush_sync(s);
     }
     if (ret < 0) {
@@ -505,6 +511,9 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
     s->super.checkpoint_length = BALE_RECORD_HEADER_LEN + root.payload_len;
     s->super.device_end = checkpoint_trim(s);
     s->super.state |= BALE_STATE_CLEAN;
+    if (BALE_PLANTED(cut_early) && s->dev->ops->truncate) {
+        s->dev->ops->truncate(s->dev, s->super.device_end);
+    }
 
     /* From here on no page may change: the checkpoint describes them. */
     pthread_mutex_lock(&s->log_lock);

@@ -10,6 +10,7 @@
 
 #include "util/checksum.h"
 #include "util/memory.h"
+#include "util/planted.h"
 
 static const char super_magic[8] = "BALESTOR";
 static const char page_magic[8] = "BALEPAGE";
@@ -234,6 +235,9 @@ uint64_t bale_place(uint64_t identity, uint64_t page, uint64_t version,
 {
     uint8_t b[24];
 
+    if (BALE_PLANTED(checksum_unseeded)) {
+        page = version = offset = 0;
+    }
     put64(b, page);
     put64(b + 8, version);
     put64(b + 16, offset);

@@ -31,6 +31,7 @@
 
 #include "util/checksum.h"
 #include "util/memory.h"
+#include "util/planted.h"
 
 /* One device transfer joins records that are at most this far apart. */
 #define READ_GAP_MAX (32u << 10)
@@ -360,7 +361,8 @@ static void request_unref(BaleRequest *req)
             list = w->own_iov.iov_base;
             write_start(w);
         }
-        if (ret == 0 && (req->flags & BALE_FUA)) {
+        if (ret == 0 && (req->flags & BALE_FUA) &&
+            !BALE_PLANTED(fua_ignored)) {
             bale_mutable_flush(req->image->mutable_region, request_flushed,
                                req);
             return;
@@ -495,7 +497,8 @@ int bale_image_unpack(BaleImage *image, BaleWorkerContext *wc,
         return -EIO;
     }
     payload = buf + r.header_len;
-    if (bale_checksum(payload, r.payload_len, seed) != r.payload_sum) {
+    if (bale_checksum(payload, r.payload_len, seed) != r.payload_sum &&
+        !BALE_PLANTED(payload_unchecked)) {
         return -EIO;
     }
     if (r.codec == BALE_CODEC_NONE) {
@@ -1098,6 +1101,9 @@ static void op_written(ClusterOp *op, int ret)
     BaleImage *image = op->req->image;
     unsigned bits = image->store->cluster_bits;
 
+    if (BALE_PLANTED(errno_dropped)) {
+        ret = 0;
+    }
     if (op->claimed) {
         bale_mutable_settle(image->mutable_region, op->cluster << bits,
                             op->count << bits, ret == 0);
@@ -1268,6 +1274,9 @@ static int image_put_zeroes(BaleImage *image, uint64_t first, uint32_t count)
     }
     /* Each cluster that points at a zero record keeps it alive. */
     live = bale_value_live(bale_value(0, 0), s->cluster_size);
+    if (BALE_PLANTED(zero_resurrected)) {
+        r.layer++; /* a record that recovery takes for another layer's */
+    }
     ret = image_append(s, &r, NULL, live * count, &address);
     appended = ret == 0;
     value = bale_value(address, 0);
@@ -1456,6 +1465,8 @@ void bale_store_flush(BaleStore *store, BaleDone *done, void *opaque)
 {
     if (store_failed(store)) {
         done(opaque, -EIO);
+    } else if (BALE_PLANTED(flush_misses_mutable)) {
+        bale_log_flush(store, done, opaque);
     } else {
         bale_mutable_flush(store->image->mutable_region, done, opaque);
     }
@@ -1737,7 +1748,7 @@ static bool image_change(BaleImage *image, const BaleImageRecord *record,
         ret = bale_image_set_record(image, record);
     }
     pthread_rwlock_unlock(&s->session_lock);
-    if (ret == 0) {
+    if (ret == 0 && !BALE_PLANTED(resize_not_durable)) {
         ret = bale_log_flush_sync(s);
     }
     return ret == 0 || image_error(errp, ret, what);

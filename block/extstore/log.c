@@ -39,6 +39,7 @@
 
 #include "util/checksum.h"
 #include "util/memory.h"
+#include "util/planted.h"
 
 /* Everything in a segment but its records and their directory entries. */
 #define SEGMENT_OVERHEAD                                                     \
@@ -206,7 +207,8 @@ static void buffer_open(BaleStore *s, BaleWriteBuffer *wb, BaleBucket bucket)
     g_array_set_size(wb->directory, 0);
 
     wb->barriers = 0;
-    while (s->barrier_pages->len && wb->barriers < BALE_BARRIERS_MAX) {
+    while (s->barrier_pages->len && wb->barriers < BALE_BARRIERS_MAX &&
+           !BALE_PLANTED(barrier_not_written)) {
         uint64_t n = g_array_index(s->barrier_pages, uint64_t,
                                    s->barrier_pages->len - 1);
         BalePage *q = bale_page(s, n);
@@ -294,7 +296,7 @@ static bool flush_due(BaleStore *s)
         return false;
     }
     for (BaleFlushWaiter *w = s->flush_waiters; w; w = w->next) {
-        if (w->target > stable) {
+        if (w->target > stable && !BALE_PLANTED(flush_before_write)) {
             break;
         }
         s->flushing = true;
@@ -325,6 +327,10 @@ static void log_flush_device(BaleStore *s)
 {
     stat_add(&s->stats.device_flushes, 1);
     s->flush_io.done = log_flushed;
+    if (BALE_PLANTED(flush_skipped)) {
+        log_flushed(&s->flush_io, 0);
+        return;
+    }
     s->dev->ops->flush(s->dev, &s->flush_io);
 }
 
@@ -334,6 +340,9 @@ void bale_store_poison(BaleStore *s, int err, const char *what)
     int zero = 0;
     bool first;
 
+    if (BALE_PLANTED(poison_forgotten)) {
+        zero = -1; /* not equal: nothing is set */
+    }
     first = __atomic_compare_exchange_n(&s->failed, &zero, err, false,
                                         __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
     pthread_mutex_lock(&s->log_lock);
@@ -367,7 +376,7 @@ static void log_stored(BaleDeviceIo *io, int ret)
     bool flush;
 
     pthread_mutex_lock(&s->log_lock);
-    if (ret < 0) {
+    if (ret < 0 && !BALE_PLANTED(write_error_ignored)) {
         wb->failed = true;
         pthread_mutex_unlock(&s->log_lock);
         bale_store_poison(s, ret, "writing a segment");
@@ -423,7 +432,11 @@ static void log_flushed(BaleDeviceIo *io, int ret)
     BaleFlushWaiter *waiters = NULL, **tail = &waiters;
     bool again;
 
-    if (ret < 0) {
+    if (ret < 0 && BALE_PLANTED(flush_retried)) {
+        log_flush_device(s);
+        return;
+    }
+    if (ret < 0 && !BALE_PLANTED(flush_error_ignored)) {
         bale_store_poison(s, ret, "flushing the device");
         return;
     }

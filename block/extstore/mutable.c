@@ -28,6 +28,7 @@
 #include <string.h>
 
 #include "util/memory.h"
+#include "util/planted.h"
 #include "util/seqcache.h"
 
 /* Memory of the region: this much, or so many clusters if that is more. */
@@ -171,7 +172,8 @@ static void mutable_out_work(BaleWork *work, void *context, unsigned worker)
     uint8_t *data = bale_seqcache_out_data(o->out);
     size_t start = 0, len, gap = 0;
 
-    while (o->base && gap < s->cluster_size) {
+    while (o->base && gap < s->cluster_size &&
+           !BALE_PLANTED(merge_forgotten)) {
         if (!bale_seqcache_out_range(o->out, &start, &len)) {
             start = s->cluster_size;
             len = 0;
@@ -314,6 +316,9 @@ bool bale_mutable_claim(BaleMutable *m, uint64_t offset, uint64_t len,
 
     pthread_mutex_lock(&m->lock);
     claimed = !bale_seqcache_in_out(m->cache, offset, len);
+    if (BALE_PLANTED(claim_forgets)) {
+        bale_seqcache_discard(m->cache, offset, len);
+    }
     if (claimed) {
         bale_seqcache_hold(m->cache, offset, len);
         m->claims++;

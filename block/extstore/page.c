@@ -29,6 +29,7 @@
 #include <string.h>
 
 #include "util/memory.h"
+#include "util/planted.h"
 
 /* Pages that fresh data may not take, if the device has a few at all. */
 #define RESERVE_PAGES 2u
@@ -139,12 +140,17 @@ void bale_page_consider(BaleStore *s, uint64_t page)
 
     if (p->state != BALE_PAGE_SEALED || p->live_bytes || p->readers ||
         p->in_flight || !s->session || store_failed(s) ||
-        (p->tombstone_seq && bale_page_older_exists(s, page, p->tombstone_seq))) {
+        (p->tombstone_seq && !BALE_PLANTED(tombstone_forgotten) &&
+         bale_page_older_exists(s, page, p->tombstone_seq))) {
         return;
     }
     p->state = BALE_PAGE_DEAD;
     p->free_flush = s->flush_request + 1;
     g_array_append_val(s->dying_pages, page);
+    if (BALE_PLANTED(page_reused_early)) {
+        p->state = BALE_PAGE_MARKING;
+        bale_maintain_signal(s, true, false);
+    }
 }
 
 void bale_page_consider_all(BaleStore *s)

@@ -31,6 +31,7 @@
 
 #include "util/checksum.h"
 #include "util/memory.h"
+#include "util/planted.h"
 
 /* Bytes read at once while damage is searched for the next good record. */
 #define SEARCH_WINDOW (256u << 10)
@@ -107,7 +108,7 @@ static void recover_report(BaleStore *s, const char *fmt, ...)
     what = g_strdup_vprintf(fmt, ap);
     va_end(ap);
     s->damaged_records++;
-    if (s->options.damage) {
+    if (s->options.damage && !BALE_PLANTED(damage_unreported)) {
         s->options.damage(s->options.notify_opaque, what);
     }
 }
@@ -485,9 +486,10 @@ static bool scan_judge_segment(Scan *scan, uint64_t page,
 
     if (segment->kind == SEGMENT_GOOD) {
         return segment->offset + segment->len <= proven ||
+               BALE_PLANTED(tail_unverified) ||
                scan_segment_verifies(scan, page, segment);
     }
-    if (segment->offset >= proven) {
+    if (segment->offset >= proven || BALE_PLANTED(tail_over_damage)) {
         return false;
     }
     recover_report(scan->s,
@@ -536,6 +538,9 @@ static int entry_compare(const void *a, const void *b)
 {
     const ScanEntry *x = a, *y = b;
 
+    if (BALE_PLANTED(sequence_ignored)) {
+        return x->address > y->address ? -1 : x->address < y->address;
+    }
     return x->seq < y->seq ? -1 : x->seq > y->seq;
 }
 

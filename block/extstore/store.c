@@ -12,6 +12,7 @@
 #include <sys/random.h>
 
 #include "util/memory.h"
+#include "util/planted.h"
 
 G_DEFINE_QUARK(bale-store-error-quark, bale_store_error)
 
@@ -353,6 +354,9 @@ static bool store_read_supers(BaleDevice *dev, BaleSuper *super,
                                g_strerror(-ret));
         }
         ret = bale_super_decode(&next, copy, block, &reason);
+        if (ret == 0 && BALE_PLANTED(super_oldest) && found) {
+            continue;
+        }
         if (ret == 0 && next.generation > super->generation) {
             *super = next;
             found = true;

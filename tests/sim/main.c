@@ -23,7 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define BUDGET_DEFAULT 20.0       /* seconds, of each class */
+#define BUDGET_DEFAULT 40.0       /* seconds, of each class */
 #define BUDGET_LONG 900.0
 #define BUDGET_SANITIZER 12.0
 #define FAILURES_MAX 3            /* of a class, then it ends */
