@@ -4,8 +4,8 @@
  *
  * The engine (extstore/store.h) does the work.  This file translates: requests
  * of coroutines into the engine's, the engine's reads under the image into
- * reads of the backing node, create and runtime options, errors.  bridge.c has
- * the waiting, bdrv-device.c the transfers to the `file` child.
+ * reads of the backing node, runtime options, errors.  bale-create.c creates,
+ * bridge.c has the waiting, bdrv-device.c the transfers to the `file` child.
  *
  * Invariants
  * 1. s->store, s->image and s->dev are all set or all NULL; they change only in
@@ -31,32 +31,19 @@
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
 #include "qemu/option.h"
-#include "qemu/units.h"
-#include "sysemu/block-backend.h"
 
 #include "extstore/store.h"
 
 #include "bale-bridge-internal.h"
+#include "bale-driver-internal.h"
 #include "bale-internal.h"
 #include "bdrv-device-internal.h"
 
 #define BALE_OPT_CACHE_SIZE          "cache-size"
 #define BALE_OPT_COMPRESSION_THREADS "compression-threads"
-#define BALE_OPT_COMPRESSION_LEVEL   "compression_level"
-#define BALE_OPT_PAGE_SIZE           "page_size"
 
 /* Reports of damage that one open node makes before it falls silent. */
 #define DAMAGE_REPORTS_MAX 16
-
-/*
- * For bale_measure(), which needs an upper bound rather than the format's own
- * constants: the super area, the headers of a page and of a record, and the
- * pages that metadata and a second bucket may take.
- */
-#define MEASURE_SUPER         (2 * MiB)
-#define MEASURE_PAGE_HEADER   (64 * KiB)
-#define MEASURE_RECORD_HEADER 128u
-#define MEASURE_PAGES_MIN     1u
 
 /* Pieces of one read that are under way together; more wait for these. */
 #define READ_PIECES_MAX 32
@@ -1138,259 +1125,6 @@ static int coroutine_fn bale_co_check(BlockDriverState *bs,
     result->bfi.allocated_clusters = c.result.clusters_allocated;
     result->bfi.compressed_clusters = c.result.clusters_compressed;
     return 0;
-}
-
-/*
- * --- Create and measure
- */
-
-static QemuOptsList bale_create_opts = {
-    .name = "bale-create-opts",
-    .head = QTAILQ_HEAD_INITIALIZER(bale_create_opts.head),
-    .desc = {
-        {
-            .name = BLOCK_OPT_SIZE,
-            .type = QEMU_OPT_SIZE,
-            .help = "Virtual disk size",
-        },
-        {
-            .name = BLOCK_OPT_BACKING_FILE,
-            .type = QEMU_OPT_STRING,
-            .help = "File name of a base image",
-        },
-        {
-            .name = BLOCK_OPT_BACKING_FMT,
-            .type = QEMU_OPT_STRING,
-            .help = "Image format of the base image",
-        },
-        {
-            .name = BLOCK_OPT_CLUSTER_SIZE,
-            .type = QEMU_OPT_SIZE,
-            .help = "Unit of compression, 4K to 2M",
-            .def_value_str = "65536",
-        },
-        {
-            .name = BLOCK_OPT_COMPRESSION_TYPE,
-            .type = QEMU_OPT_STRING,
-            .help = "Compression: deflate (or zlib), zstd, none",
-            .def_value_str = "zstd",
-        },
-        {
-            .name = BALE_OPT_COMPRESSION_LEVEL,
-            .type = QEMU_OPT_NUMBER,
-            .help = "Level of the compression (default: its own default)",
-        },
-        {
-            .name = BALE_OPT_PAGE_SIZE,
-            .type = QEMU_OPT_SIZE,
-            .help = "Unit of allocation in the file, a multiple of 2M "
-                    "(default: 64M)",
-        },
-        { /* end of list */ }
-    },
-};
-
-/* What bale_parse_create_opts() fills; the strings are owned. */
-typedef struct BaleCreateParams {
-    BaleCreateOptions o;
-    char *backing_file;
-    char *backing_format;
-} BaleCreateParams;
-
-static void bale_create_params_clear(BaleCreateParams *p)
-{
-    g_free(p->backing_file);
-    g_free(p->backing_format);
-}
-
-/*
- * Take the options of this driver out of @opts, which then holds those of the
- * protocol, and check them.
- */
-static int bale_parse_create_opts(QemuOpts *opts, BaleCreateParams *p,
-                                  Error **errp)
-{
-    g_autofree char *codec = NULL;
-    uint64_t cluster_size, level;
-    GError *err = NULL;
-
-    memset(p, 0, sizeof(*p));
-    p->o.size = qemu_opt_get_size_del(opts, BLOCK_OPT_SIZE, 0);
-    if (p->o.size > UINT64_MAX - BDRV_SECTOR_SIZE) {
-        error_setg(errp, "Image size is too large");
-        return -EINVAL;
-    }
-    p->o.size = ROUND_UP(p->o.size, BDRV_SECTOR_SIZE);
-    cluster_size = qemu_opt_get_size_del(opts, BLOCK_OPT_CLUSTER_SIZE,
-                                         BALE_CLUSTER_SIZE_DEFAULT);
-    if (cluster_size < BALE_CLUSTER_SIZE_MIN ||
-        cluster_size > BALE_CLUSTER_SIZE_MAX ||
-        !is_power_of_2(cluster_size)) {
-        error_setg(errp, "Cluster size must be a power of two between %u and "
-                   "%uk", BALE_CLUSTER_SIZE_MIN, BALE_CLUSTER_SIZE_MAX / 1024);
-        return -EINVAL;
-    }
-    p->o.cluster_size = cluster_size;
-    p->o.page_size = qemu_opt_get_size_del(opts, BALE_OPT_PAGE_SIZE,
-                                           BALE_PAGE_SIZE_DEFAULT);
-    level = qemu_opt_get_number_del(opts, BALE_OPT_COMPRESSION_LEVEL,
-                                    BALE_CODEC_LEVEL_DEFAULT);
-    if (level > INT_MAX) {
-        error_setg(errp, "Compression level is out of range");
-        return -EINVAL;
-    }
-    p->o.level = level;
-    codec = qemu_opt_get_del(opts, BLOCK_OPT_COMPRESSION_TYPE);
-    if (!bale_codec_from_name(codec ?: "zstd", &p->o.codec, &err)) {
-        bale_bridge_error(err, errp);
-        return -EINVAL;
-    }
-    p->backing_file = qemu_opt_get_del(opts, BLOCK_OPT_BACKING_FILE);
-    p->backing_format = qemu_opt_get_del(opts, BLOCK_OPT_BACKING_FMT);
-    p->o.backing_file = p->backing_file;
-    p->o.backing_format = p->backing_format;
-    if (!bale_create_options_check(&p->o, &err)) {
-        bale_bridge_error(err, errp);
-        return -EINVAL;
-    }
-    return 0;
-}
-
-typedef struct EngineCreate {
-    BaleDevice *device;
-    const BaleCreateOptions *options;
-    GError *err;
-    bool ok;
-} EngineCreate;
-
-static void engine_create_blocking(void *opaque)
-{
-    EngineCreate *c = opaque;
-
-    c->ok = bale_store_create(c->device, c->options, &c->err);
-    bale_device_close(c->device);
-}
-
-static int coroutine_fn bale_co_create_opts(BlockDriver *drv,
-                                            const char *filename,
-                                            QemuOpts *opts, Error **errp)
-{
-    BaleCreateParams params;
-    EngineCreate c = { .options = &params.o };
-    BlockDriverState *bs = NULL;
-    BlockBackend *blk = NULL;
-    BaleBdrvDevice *dev = NULL;
-    bool created = false;
-    int ret;
-
-    ret = bale_parse_create_opts(opts, &params, errp);
-    if (ret < 0) {
-        goto out;
-    }
-    ret = bdrv_create_file(filename, opts, errp);
-    if (ret < 0) {
-        goto out;
-    }
-    created = true;
-    bs = bdrv_open(filename, NULL, NULL,
-                   BDRV_O_RDWR | BDRV_O_RESIZE | BDRV_O_PROTOCOL, errp);
-    if (!bs) {
-        ret = -EIO;
-        goto out;
-    }
-    blk = blk_new_with_bs(bs, BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE |
-                          BLK_PERM_RESIZE, BLK_PERM_ALL, errp);
-    if (!blk) {
-        ret = -EPERM;
-        goto out;
-    }
-    dev = bale_bdrv_device_new(NULL, (BdrvChild *)blk_root(blk),
-                               bdrv_get_aio_context(bs), false, errp);
-    if (!dev) {
-        ret = -EINVAL;
-        goto out;
-    }
-
-    c.device = bale_bdrv_device_get(dev);
-    bale_bridge_run(bdrv_get_aio_context(bs), engine_create_blocking, &c);
-    ret = c.ok ? 0 : bale_bridge_error(c.err, errp);
-
-out:
-    bale_bdrv_device_unref(dev);
-    blk_unref(blk);
-    if (ret < 0 && created && bs) {
-        bdrv_co_delete_file_noerr(bs);
-    }
-    bdrv_unref(bs);
-    bale_create_params_clear(&params);
-    return ret;
-}
-
-/*
- * An upper bound: whether and how well the data compresses is not known, so
- * each cluster counts as it is, with its record's header, in whole pages.
- */
-static uint64_t measure_bytes(const BaleCreateOptions *o, uint64_t clusters)
-{
-    /* A header is far below this; a page also loses its end, where the next
-     * record does not fit. */
-    const uint64_t record = o->cluster_size + MEASURE_RECORD_HEADER;
-    uint64_t per_page = (o->page_size - MEASURE_PAGE_HEADER) / record;
-    uint64_t pages = DIV_ROUND_UP(clusters, MAX(per_page, 1));
-
-    return MEASURE_SUPER + (pages + MEASURE_PAGES_MIN) *
-        o->page_size;
-}
-
-static BlockMeasureInfo *bale_measure(QemuOpts *opts, BlockDriverState *in_bs,
-                                      Error **errp)
-{
-    BaleCreateParams params;
-    BlockMeasureInfo *info = NULL;
-    uint64_t size, used = 0;
-    uint32_t cluster_size;
-
-    if (bale_parse_create_opts(opts, &params, errp) < 0) {
-        goto out;
-    }
-    size = params.o.size;
-    cluster_size = params.o.cluster_size;
-
-    if (in_bs) {
-        int64_t in_size = bdrv_getlength(in_bs);
-        int64_t offset, pnum;
-
-        if (in_size < 0) {
-            error_setg_errno(errp, -in_size,
-                             "Unable to get image virtual_size");
-            goto out;
-        }
-        size = in_size;
-        for (offset = 0; offset < in_size; offset += pnum) {
-            int ret = bdrv_block_status_above(in_bs, NULL, offset,
-                                              in_size - offset, &pnum, NULL,
-                                              NULL);
-            if (ret < 0) {
-                error_setg_errno(errp, -ret, "Unable to get block status");
-                goto out;
-            }
-            if (params.o.backing_file ||
-                ((ret & BDRV_BLOCK_DATA) && !(ret & BDRV_BLOCK_ZERO))) {
-                /* From here to the end of the cluster, counted once. */
-                pnum = QEMU_ALIGN_UP(offset + pnum, cluster_size) - offset;
-                used += DIV_ROUND_UP(pnum, cluster_size);
-            }
-        }
-    }
-
-    info = g_new0(BlockMeasureInfo, 1);
-    info->required = measure_bytes(&params.o, used);
-    info->fully_allocated = measure_bytes(&params.o,
-                                          DIV_ROUND_UP(size, cluster_size));
-
-out:
-    bale_create_params_clear(&params);
-    return info;
 }
 
 static int bale_has_zero_init(BlockDriverState *bs)

@@ -1,0 +1,22 @@
+/*
+ * Callbacks of the format driver that lie in bale-create.c, for its table in
+ * bale.c.  QEMU's block_int-common.h says how each is called.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#ifndef BALE_BLOCK_BALE_DRIVER_INTERNAL_H
+#define BALE_BLOCK_BALE_DRIVER_INTERNAL_H
+
+#include "qemu/osdep.h"
+#include "block/block_int.h"
+#include "qemu/option.h"
+
+/* What `qemu-img create -f bale -o help` lists. */
+extern QemuOptsList bale_create_opts;
+
+int coroutine_fn bale_co_create_opts(BlockDriver *drv, const char *filename,
+                                     QemuOpts *opts, Error **errp);
+BlockMeasureInfo *bale_measure(QemuOpts *opts, BlockDriverState *in_bs,
+                               Error **errp);
+
+#endif
