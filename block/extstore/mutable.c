@@ -8,8 +8,8 @@
  * Invariants:
  *  1. What is in the region is newer than what the index points at.
  *  2. A cluster leaves the region only after the index points at a record that
- *     holds its bytes, or newer ones; so who looks here first and in the index second misses
- *     nothing.
+ *     holds its bytes, or newer ones; so who looks here first and in the index
+ *     second misses nothing.
  *  3. Of each cluster at most one write-out is under way, and nobody else
  *     appends a record of a cluster while one is: see bale_mutable_claim().
  *  4. The gaps of a cluster are what is stored of it, or zero: nothing is put

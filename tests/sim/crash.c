@@ -33,6 +33,7 @@ void sequence_sample(Case *c, const char *class_name, GRand *rand,
                      unsigned min, unsigned max)
 {
     static const char *starts[] = { "fresh", "closed", "active" };
+    const char *steps = STEPS_SAMPLED;
     unsigned n = g_rand_int_range(rand, min, max + 1);
 
     memset(c, 0, sizeof(*c));
@@ -40,9 +41,12 @@ void sequence_sample(Case *c, const char *class_name, GRand *rand,
     c->geo = &geometries[g_rand_int_range(rand, 0, geometry_count)];
     g_strlcpy(c->start, starts[g_rand_int_range(rand, 0, 3)],
               sizeof(c->start));
+    if (c->geo->cluster_size > 16384 && g_rand_boolean(rand)) {
+        steps = STEPS_SPACE;
+        n += 2;
+    }
     for (unsigned i = 0; i < n; i++) {
-        c->steps[i] = STEPS_SAMPLED[g_rand_int_range(
-            rand, 0, strlen(STEPS_SAMPLED))];
+        c->steps[i] = steps[g_rand_int_range(rand, 0, strlen(steps))];
     }
     c->seed = g_rand_int(rand);
 }

@@ -277,7 +277,8 @@ static char *fault_run_device(Case *c, uint64_t *count, bool flush_only)
                     continue;
                 }
                 run.fault = (BaleSimFault){ .call = call, .nth = n,
-                                            .error = errors[e].error };
+                                            .error = errors[e].error,
+                                            .short_len = 4096 };
                 error = fault_try(c, &run, count);
                 run.fault.sticky = true;
                 if (!error) {

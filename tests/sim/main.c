@@ -28,6 +28,8 @@
 #define BUDGET_SANITIZER 12.0
 #define FAILURES_MAX 3            /* of a class, then it ends */
 
+static unsigned failures_max = FAILURES_MAX;
+
 bool verbose;
 
 static const Class *const classes[] = {
@@ -151,7 +153,7 @@ static void run_class(const Class *class, double budget, uint32_t seed,
     unsigned failed = 0;
     Case c;
 
-    while (failed < FAILURES_MAX && g_timer_elapsed(timer, NULL) < budget &&
+    while (failed < failures_max && g_timer_elapsed(timer, NULL) < budget &&
            class->next(&c, cases, rand, all)) {
         g_autofree char *whole = case_text(&c, NULL);
         g_autofree char *error = NULL;
@@ -187,7 +189,7 @@ int main(int argc, char **argv)
                     : g_getenv("BALE_SANITIZER") ? BUDGET_SANITIZER
                                                  : BUDGET_DEFAULT;
     double total = 0;
-    gboolean all = is_long, talk = FALSE;
+    gboolean all = is_long, talk = FALSE, first = FALSE;
     GOptionEntry entries[] = {
         { "class", 0, 0, G_OPTION_ARG_STRING_ARRAY, &names, "run this class",
           "NAME" },
@@ -200,6 +202,8 @@ int main(int argc, char **argv)
         { "budget", 0, 0, G_OPTION_ARG_DOUBLE, &total, "for all classes",
           "SECONDS" },
         { "all", 0, 0, G_OPTION_ARG_NONE, &all, "all short sequences", NULL },
+        { "first", 0, 0, G_OPTION_ARG_NONE, &first,
+          "end a class at its first failure", NULL },
         { "verbose", 0, 0, G_OPTION_ARG_NONE, &talk, "tell more", NULL },
         { 0 },
     };
@@ -215,6 +219,7 @@ int main(int argc, char **argv)
     }
     g_option_context_free(context);
     verbose = talk;
+    failures_max = first ? 1 : FAILURES_MAX;
     g_log_set_default_handler(log_nothing, NULL);
     if (seed_text || env_seed) {
         seed = g_ascii_strtoull(seed_text ? seed_text : env_seed, NULL, 0);

@@ -106,6 +106,8 @@ char *case_text(const Case *c, const char *detail);
 /* The letters of all steps, and of those that are enumerated. */
 #define STEPS_ENUMERATED "wopzdfuksgcbr"
 #define STEPS_SAMPLED "wopzdfuksgcbrwophhhqyf"
+/* What fills and frees pages. */
+#define STEPS_SPACE "hhhhhccwfkrsd"
 const char *step_describe(char step);
 
 typedef struct World {
