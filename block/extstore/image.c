@@ -1461,14 +1461,37 @@ void bale_image_zero(BaleImage *image, uint64_t offset, uint64_t len,
     }
 }
 
+/* A flush under way, for the latency histogram. */
+typedef struct TimedFlush {
+    BaleStore *store;
+    uint64_t start_ns;
+    BaleDone *done;
+    void *opaque;
+} TimedFlush;
+
+static void timed_flush_done(void *opaque, int ret)
+{
+    TimedFlush *f = opaque;
+
+    bale_histogram_add(&f->store->flush_hist, bale_now_ns() - f->start_ns);
+    f->done(f->opaque, ret);
+    g_free(f);
+}
+
 void bale_store_flush(BaleStore *store, BaleDone *done, void *opaque)
 {
+    TimedFlush *f;
+
     if (store_failed(store)) {
         done(opaque, -EIO);
-    } else if (BALE_PLANTED(flush_misses_mutable)) {
-        bale_log_flush(store, done, opaque);
+        return;
+    }
+    f = g_new(TimedFlush, 1);
+    *f = (TimedFlush){ store, bale_now_ns(), done, opaque };
+    if (BALE_PLANTED(flush_misses_mutable)) {
+        bale_log_flush(store, timed_flush_done, f);
     } else {
-        bale_mutable_flush(store->image->mutable_region, done, opaque);
+        bale_mutable_flush(store->image->mutable_region, timed_flush_done, f);
     }
 }
 
