@@ -259,8 +259,12 @@ bool bale_transfer_step(BaleTransfer *transfer, BaleDeviceIo *io, bool is_store,
 
     got = (size_t)res;
     g_assert(got <= io->len - transfer->done);
-    if (transfer->done + got == io->len ||
-        (BALE_PLANTED(short_write_ignored) && is_store)) {
+    if (BALE_PLANTED(short_write_ignored) && is_store) {
+        transfer->done += got;
+        *ret = 0;
+        return true;
+    }
+    if (transfer->done + got == io->len) {
         transfer->done = io->len;
         *ret = 0;
         return true;
