@@ -56,6 +56,20 @@ class Result:
                 f'  out: {self.out[-4000:]}\n  err: {self.err[-4000:]}')
 
 
+def bale_for_everybody(directory):
+    """Copies what `bale run` needs to @directory, which other users can reach.
+
+    The build tree may lie where they cannot, in /root for example. Returns the
+    path of the command.
+    """
+    for name in ('tools/bale', 'block/bale-preload.so',
+                 'block/bale-module.so', 'block/bale.build-ids'):
+        path = os.path.join(directory, name)
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        shutil.copy(os.path.join(BUILD, name), path)
+    return os.path.join(directory, 'tools/bale')
+
+
 def run(*command, check=None, env=None, cwd=None, timeout_s=TIMEOUT_S,
         stdin=None):
     """Runs a program to its end.

@@ -8,7 +8,8 @@ import os
 import bale_forge
 import bale_iotests
 from bale_images import GIB, KIB, MIB, check, create, io, make_raw, sha256
-from bale_iotests import BALE, Background, qemu_img, qemu_io, run, wait_until
+from bale_iotests import (BALE, Background, bale_for_everybody, qemu_img,
+                          qemu_io, run, wait_until)
 
 NOBODY = 65534
 
@@ -239,8 +240,8 @@ class BadPlaceTest(bale_iotests.TestCase):
         os.mkdir('d', 0o755)
         os.chmod('.', 0o755)
         self.assert_one_line_error(
-            run('setpriv', f'--reuid={NOBODY}', '--clear-groups', BALE, 'run',
-                'qemu-img', 'create', '-q', '-f', 'bale', 'd/x.bale', '1G'),
+            run('setpriv', f'--reuid={NOBODY}', '--clear-groups',
+                bale_for_everybody('everybody'), 'run', 'qemu-img', 'create', '-q', '-f', 'bale', 'd/x.bale', '1G'),
             'd/x.bale', 'Permission denied')
         self.assertEqual(os.listdir('d'), [])
 
@@ -251,8 +252,8 @@ class BadPlaceTest(bale_iotests.TestCase):
         os.chmod('x.bale', 0o644)
         os.chmod('.', 0o755)
         before = sha256('x.bale')
-        result = run('setpriv', f'--reuid={NOBODY}', '--clear-groups', BALE,
-                     'run', 'qemu-io', '-f', 'bale', '-c', 'write 0 4k',
+        result = run('setpriv', f'--reuid={NOBODY}', '--clear-groups',
+                     bale_for_everybody('everybody'), 'run', 'qemu-io', '-f', 'bale', '-c', 'write 0 4k',
                      os.path.abspath('x.bale'))
         self.assert_one_line_error(result, 'x.bale', 'Permission denied')
         self.assertEqual(sha256('x.bale'), before)

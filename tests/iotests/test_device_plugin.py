@@ -112,8 +112,9 @@ class PageDir(PluginCase):
         biggest = max(names, key=lambda name:
                       os.stat(os.path.join('x.store', name)).st_blocks)
         with open(os.path.join('x.store', biggest), 'r+b') as file:
-            file.seek(MiB)
-            file.write(b'damage' * 1000)
+            # Wide enough to hit records, not just what lies between them
+            file.seek(64 * 1024)
+            file.write(b'damage' * 100000)
         self.assertNotEqual(self.bale('verify', 'x.store').status, 0)
 
     def test_create_does_not_replace(self):
