@@ -208,6 +208,14 @@ bool bale_maintain_wait_space(BaleStore *s)
     uint64_t before;
     bool more;
 
+    /*
+     * Compaction needs session_lock for reading.  Whoever waits here holds it,
+     * too; if that is for writing, compaction would wait for us.
+     */
+    if (pthread_rwlock_tryrdlock(&s->session_lock) != 0) {
+        return false;
+    }
+    pthread_rwlock_unlock(&s->session_lock);
     pthread_mutex_lock(&s->log_lock);
     if (!s->maintain_started || s->maintain_pauses) {
         pthread_mutex_unlock(&s->log_lock);

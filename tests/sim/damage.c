@@ -13,6 +13,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define BLOCK 4096u
+#define BARRIERS_LEN 1024u /* of a block that may hold a few barriers */
 #define SUPER_COPIES 4
 #define SUPER_STRIDE (512u << 10)
 /* Zero sectors of the store that are damaged, too: each so many-th. */
@@ -132,6 +134,10 @@ static BaleSimImage *damage_apply(World *w, BaleSimImage *image, int kind,
         if (damage_in_tail(w, at) != damage_in_tail(w, other)) {
             /* Two damages: of data, and of the barrier that proves it. */
             break;
+        }
+        if (w->store && (at % BLOCK < BARRIERS_LEN ||
+                         other % BLOCK < BARRIERS_LEN)) {
+            break; /* the same: segments begin there, and barriers with them */
         }
         bale_sim_swap(dev, at, other, SECTOR);
         break;
