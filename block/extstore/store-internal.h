@@ -2,7 +2,8 @@
  * The inside of a store: what its parts share.  docs/architecture.md tells the
  * whole; this header tells who owns which field.
  *
- *     image.c       requests on clusters: read, write, zero, status
+ *     request.c     requests on clusters: read, write, zero, flush
+ *     image.c       the image: its index, its record, its status
  *     mutable.c     clusters written in part, on a seqcache
  *     cache.c       decompressed clusters in memory
  *     log.c         appends records to pages through write buffers; flushes
@@ -333,6 +334,16 @@ BaleImage *bale_image_new(BaleStore *s, const BaleImageRecord *record,
                           GError **errp);
 void bale_image_free(BaleImage *image);
 uint64_t bale_image_find(BaleImage *image, uint64_t cluster);
+/* Does the range lie inside the image? */
+bool bale_image_contains(BaleImage *image, uint64_t offset, uint64_t len);
+/* Does anything lie under the image? */
+bool bale_image_has_backing(BaleImage *image);
+/*
+ * Make whole clusters read as zeroes; with @discard and nothing under the image
+ * only those that were written.  On a worker that holds their range.
+ */
+int bale_image_zero_clusters(BaleImage *image, uint64_t first, uint64_t count,
+                             bool discard);
 /* May the caller append now?  0, with session_lock held for reading. */
 int bale_image_write_begin(BaleImage *image);
 void bale_image_write_end(BaleImage *image);
