@@ -237,7 +237,9 @@ static char *damage_run(Case *c, uint64_t *count)
             if (!damaged) {
                 continue;
             }
-            error = damage_try(w, damaged, clean, count, true);
+            /* A swap damages two places, perhaps both image records. */
+            error = damage_try(w, damaged, clean, count,
+                               kind != DAMAGE_SWAP);
             if (error) {
                 g_strlcpy(c->detail, detail, sizeof(c->detail));
                 if (g_getenv("BALE_SIM_SAVE")) {
