@@ -73,7 +73,7 @@
 /* Deeper nests of nodes are refused; QEMU's JSON parser stops at 1024. */
 #define MAX_NESTING 64
 
-/* --------------------------------------------------------- our block drivers */
+/* --- our block drivers --- */
 
 /* For query-qmp-schema, which needs the types, but is no command. */
 #define TYPES_COMMAND "bale-blockdev-options"
@@ -132,7 +132,7 @@ static bool mentions_ours(const QObject *object, unsigned depth)
     return false;
 }
 
-/* ------------------------------------------------------- checking of options */
+/* --- checking of options --- */
 
 static bool check_node(QDict *options, bool from_command_line, unsigned depth,
                        Error **errp);
@@ -218,7 +218,7 @@ static bool check_node(QDict *options, bool from_command_line, unsigned depth,
     return ok;
 }
 
-/* -------------------------------------------------- opening and reopening */
+/* --- opening and reopening --- */
 
 /* What blockdev-add does with options that were checked. */
 static void add_node(const QDict *options, Error **errp)
@@ -303,7 +303,7 @@ static void reopen_nodes(const QList *list, Error **errp)
     }
 }
 
-/* ------------------------------------------------- commands taken over */
+/* --- commands taken over --- */
 
 /* The program's own functions; set once */
 static QmpCommandFunc *program_blockdev_add;
@@ -378,7 +378,7 @@ static void our_x_blockdev_amend(QDict *args, QObject **ret, Error **errp)
     }
 }
 
-/* ---------------------------------------------------------- introspection */
+/* --- introspection --- */
 
 static bool list_has_string(const QList *list, const char *string)
 {
@@ -475,7 +475,7 @@ static void our_query_qmp_schema(QDict *args, QObject **ret, Error **errp)
     qobject_unref(ours);
 }
 
-/* ----------------------------------------------------------- registration */
+/* --- registration --- */
 
 /* The program's own events are rate-limited by number; ours have no limit,
  * which is what number 0 has. The name is in the dictionary. */
@@ -540,7 +540,7 @@ static void monitor_block_init(void)
 
 block_init(monitor_block_init);
 
-/* ----------------------------------------------- the enumeration of drivers */
+/* --- the enumeration of drivers --- */
 
 /*
  * Append "bale" to the names of BlockdevDriver. The table lies in memory that
@@ -580,7 +580,7 @@ static void extend_driver_enum(void)
     mprotect((void *)start, bytes, PROT_READ);
 }
 
-/* ------------------------------------------------------------ command line */
+/* --- command line --- */
 
 /* The argument of a -blockdev option; NULL if it is malformed. */
 static QDict *parse_blockdev(const char *arg, bool *is_keyval, Error **errp)

@@ -83,13 +83,13 @@
         MAX(IGZIP3_BUF_LEN, IGZIP3_LONG_BUF_LEN))
 
 /*
- * The default deflate level in order of entropy.  Very regular and random
- * clusters: igzip's lower levels find as much there.  Those in between: where
- * a microsecond of its level 3 saves most bytes.  From MIX_SPARSE to MIX_TEXT
- * (tables, debug information) libdeflate finds long matches that igzip's small
- * hash table has forgotten, at little more time than level 3.  A result in the range of the
- * two percentages is mostly of code with short matches, which libdeflate can
- * use and igzip cannot.
+ * The default deflate level in order of entropy. Very regular and random
+ * clusters: igzip's lower levels find as much there. Those in between: where
+ * a microsecond of its level 3 saves most bytes. From MIX_SPARSE to MIX_TEXT
+ * (tables, debug information) libdeflate finds long matches that igzip's
+ * small hash table has forgotten, at little more time than level 3. A result
+ * in the range of the two percentages is mostly of code with short matches,
+ * which libdeflate can use and igzip cannot.
  */
 #define MIX_REGULAR ENTROPY_BITS(2.0)
 #define MIX_SPARSE ENTROPY_BITS(3.1)

@@ -59,7 +59,8 @@ static uint64_t page_garbage(const BalePage *p)
 /*
  * The page with the largest part of garbage, if that is at least @percent; it
  * is held by counting as its reader.  Only pages opened up to @order count, so
- * that a run ends: it does not compact its own copies.  False: none is worth it.
+ * that a run ends: it does not compact its own copies.  False: none is worth
+ * it.
  */
 static bool compact_choose(BaleStore *s, unsigned percent, uint64_t order,
                            uint64_t *page)

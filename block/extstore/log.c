@@ -6,8 +6,8 @@
  * buffer is sealed when the next record does not fit or a flush wants it on
  * the device; the next one goes on in the block after it.
  *
- *     open --seal--> sealed --last writer leaves--> submitted --device--> stable
- *                                                        --device flush--> durable
+ *     open --seal--> sealed --last writer leaves--> submitted
+ *          --device store--> stable --device flush--> durable
  *
  * Invariants:
  *

@@ -16,8 +16,9 @@
  *     check.c       check and repair
  *
  * Locks, in the order in which they may be taken: session_lock, range_lock,
- * the mutable region's, the cache's, log_lock.  No lock is held while the device is called or a
- * completion runs.  docs/locking.md is the reference.
+ * the mutable region's, the cache's, log_lock.  No lock is held while the
+ * device is called or a completion runs, but for session_lock.
+ * docs/locking.md is the reference.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -177,7 +178,7 @@ struct BaleStore {
     bool checkpoint_damaged; /* when the store was opened */
 
     pthread_mutex_t log_lock;
-    pthread_cond_t log_cond;          /* a buffer is free, a page opened, progress */
+    pthread_cond_t log_cond; /* a buffer is free, a page opened, progress */
     uint64_t next_seq;
     GArray *pages;           /* BalePage */
     GArray *free_pages;      /* uint64_t, a stack */

@@ -241,7 +241,8 @@ class BadPlaceTest(bale_iotests.TestCase):
         os.chmod('.', 0o755)
         self.assert_one_line_error(
             run('setpriv', f'--reuid={NOBODY}', '--clear-groups',
-                bale_for_everybody('everybody'), 'run', 'qemu-img', 'create', '-q', '-f', 'bale', 'd/x.bale', '1G'),
+                bale_for_everybody('everybody'), 'run', 'qemu-img', 'create',
+                '-q', '-f', 'bale', 'd/x.bale', '1G'),
             'd/x.bale', 'Permission denied')
         self.assertEqual(os.listdir('d'), [])
 
@@ -253,7 +254,8 @@ class BadPlaceTest(bale_iotests.TestCase):
         os.chmod('.', 0o755)
         before = sha256('x.bale')
         result = run('setpriv', f'--reuid={NOBODY}', '--clear-groups',
-                     bale_for_everybody('everybody'), 'run', 'qemu-io', '-f', 'bale', '-c', 'write 0 4k',
+                     bale_for_everybody('everybody'), 'run', 'qemu-io',
+                     '-f', 'bale', '-c', 'write 0 4k',
                      os.path.abspath('x.bale'))
         self.assert_one_line_error(result, 'x.bale', 'Permission denied')
         self.assertEqual(sha256('x.bale'), before)
