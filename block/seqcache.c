@@ -7,11 +7,13 @@
  *
  *  1. A write ends when its bytes are in the cache. While the cache is full it
  *     waits for a write-out to end.
- *  2. Finished clusters are written out at once, in the order in which they
- *     were finished, up to MAX_WRITE_OUTS at a time, each in a coroutine of its
- *     own that counts as a request in flight of this node: so a drained
- *     section waits for them. Open clusters follow when the cache is full,
- *     when they get older than flush-interval, and on a flush.
+ *  2. Finished clusters are written out in the order in which they were
+ *     finished, neighbours together up to BATCH_BYTES; they wait for neighbours
+ *     for BATCH_DELAY_NS at most. Up to MAX_WRITE_OUTS are under way at a time,
+ *     each in a coroutine of its own that counts as a request in flight of
+ *     this node: so a drained section waits for them. Open clusters follow when
+ *     the cache is full, when they get older than flush-interval, and on a
+ *     flush.
  *  3. A flush writes out every write that ended before it, then the block layer
  *     flushes the child. FUA is emulated by the block layer with a flush.
  *  4. At the start of a drained section everything is written out, so that
@@ -27,6 +29,12 @@
  *     with its error from then on, and the next flush tries again: with success
  *     the node is well again. An error that no request has returned yet
  *     is returned by that flush all the same.
+ *
+ * A write-out that begins or ends inside a block of the child would make the
+ * child read that block, merge and write it. So the blocks at such ends are
+ * remembered ("edges"): the next write-out that continues there writes whole
+ * blocks, of its own bytes and of those remembered. All that changes the child
+ * goes through edges_forget().
  *
  * Threads: everything runs in the node's AioContext.
  *
@@ -65,6 +73,20 @@
 /* … of them, begun with unfinished clusters because the cache is full. */
 #define MAX_EVICTIONS 8
 
+/* Neighbouring clusters are written in one request up to these. */
+#define BATCH_BYTES        (1 * MiB)
+#define MAX_BATCH_CLUSTERS 64
+/* How long a finished cluster waits for a whole batch. */
+#define BATCH_DELAY_NS (50 * SCALE_MS)
+
+/*
+ * Blocks of the child that are remembered. They may be larger than the child's
+ * own: file systems allocate 4 KiB, and what lies around a byte that was
+ * written is no hole any more.
+ */
+#define MAX_EDGES  256
+#define EDGE_BYTES 4096
+
 /* Gaps that one read looks up at a time, and the bounce buffer for them. */
 #define MAX_READ_GAPS         64
 #define MAX_READ_BOUNCE_BYTES (1 * MiB)
@@ -87,6 +109,12 @@ typedef struct Exclusive {
     QLIST_ENTRY(Exclusive) next;
 } Exclusive;
 
+/* One block of the child, as it is there. */
+typedef struct Edge {
+    int64_t offset; /* -1: none */
+    uint64_t used;  /* for choosing the one to replace */
+} Edge;
+
 typedef struct BDRVSeqcacheState {
     SeqcacheOptions opts;
     BaleSeqcache *cache;
@@ -99,6 +127,13 @@ typedef struct BDRVSeqcacheState {
     QLIST_HEAD(, Exclusive) exclusives;
     unsigned drains;      /* drained sections that we are in */
     QEMUTimer *timer;
+    int64_t batch_due_ns; /* when finished clusters stop waiting; 0: none do */
+
+    Edge edges[MAX_EDGES];
+    uint8_t *edge_data;   /* MAX_EDGES blocks; NULL: not in use */
+    size_t edge_bytes;    /* of a block */
+    uint64_t edge_clock;
+    uint64_t edge_changes; /* counts what may have changed the child */
 
     int error;            /* errno that writes fail with, negative; 0: well */
     bool error_told;      /* some request has returned it */
@@ -112,7 +147,8 @@ typedef struct BDRVSeqcacheState {
 
 typedef struct WriteOut {
     BlockDriverState *bs;
-    BaleSeqcacheOut *out;
+    unsigned n;
+    BaleSeqcacheOut *outs[]; /* neighbours; if several, complete ones */
 } WriteOut;
 
 static void seqcache_kick(BlockDriverState *bs, bool need_room);
@@ -160,18 +196,131 @@ static int tell_error(BDRVSeqcacheState *s)
     return s->error;
 }
 
+/* -------------------------------------------------------------------- edges */
+
+static void edges_init(BlockDriverState *bs)
+{
+    BDRVSeqcacheState *s = bs->opaque;
+    size_t align = bs->file->bs->bl.request_alignment;
+
+    for (unsigned i = 0; i < MAX_EDGES; i++) {
+        s->edges[i].offset = -1;
+    }
+    s->edge_bytes = MIN(EDGE_BYTES, s->opts.cluster_bytes);
+    if (align > 1 && align <= s->edge_bytes) {
+        s->edge_data = g_try_malloc(MAX_EDGES * s->edge_bytes);
+    }
+    if (!s->edge_data) {
+        s->edge_bytes = align;
+    }
+}
+
+/* The child may change in the range, or has. */
+static void edges_forget(BDRVSeqcacheState *s, int64_t offset, int64_t bytes)
+{
+    s->edge_changes++;
+    for (unsigned i = 0; i < MAX_EDGES && s->edge_data; i++) {
+        Edge *e = &s->edges[i];
+
+        if (e->offset >= 0 && e->offset - offset < bytes &&
+            e->offset + (int64_t)s->edge_bytes > offset) {
+            e->offset = -1;
+        }
+    }
+}
+
+/* The child's block at @offset now has these bytes. */
+static void edges_remember(BDRVSeqcacheState *s, int64_t offset,
+                           const uint8_t *block)
+{
+    unsigned victim = 0;
+
+    if (!s->edge_data) {
+        return;
+    }
+    for (unsigned i = 0; i < MAX_EDGES; i++) {
+        if (s->edges[i].offset == offset || s->edges[i].offset < 0) {
+            victim = i;
+            break;
+        }
+        if (s->edges[i].used < s->edges[victim].used) {
+            victim = i;
+        }
+    }
+    s->edges[victim].offset = offset;
+    s->edges[victim].used = ++s->edge_clock;
+    memcpy(s->edge_data + victim * s->edge_bytes, block, s->edge_bytes);
+}
+
+/* The remembered block at @offset, or NULL. */
+static const uint8_t *edges_find(BDRVSeqcacheState *s, int64_t offset)
+{
+    for (unsigned i = 0; i < MAX_EDGES && s->edge_data; i++) {
+        if (s->edges[i].offset == offset) {
+            s->edges[i].used = ++s->edge_clock;
+            return s->edge_data + i * s->edge_bytes;
+        }
+    }
+    return NULL;
+}
+
+/*
+ * Fill @data with what the child has in [@from, @to), which lies in one block,
+ * if that is known without reading: false if it is not.
+ */
+static bool coroutine_fn fill_known(BlockDriverState *bs, int64_t from,
+                                    int64_t to, uint8_t *data)
+{
+    BDRVSeqcacheState *s = bs->opaque;
+    int64_t block = QEMU_ALIGN_DOWN(from, s->edge_bytes);
+    int64_t end = child_end(bs);
+    const uint8_t *edge;
+
+    if (to > end && !(bs->file->perm & BLK_PERM_RESIZE)) {
+        return false;
+    }
+    edge = edges_find(s, block);
+    if (edge) {
+        memcpy(data, edge + (from - block), to - from);
+        return true;
+    }
+    if (from < end) {
+        int64_t bytes = MIN(to, end) - from, pnum;
+        int ret = bdrv_block_status_above(bs->file->bs, NULL, from, bytes,
+                                          &pnum, NULL, NULL);
+
+        if (ret < 0 || !(ret & BDRV_BLOCK_ZERO) || pnum < bytes) {
+            return false;
+        }
+    }
+    memset(data, 0, to - from);
+    return true;
+}
+
 /* --------------------------------------------------------------- write-out */
+
+static int coroutine_fn child_pwritev(BlockDriverState *bs, int64_t offset,
+                                      int64_t bytes, QEMUIOVector *qiov,
+                                      BdrvRequestFlags flags)
+{
+    BDRVSeqcacheState *s = bs->opaque;
+    int ret;
+
+    s->stats.child_writes++;
+    s->stats.child_write_bytes += bytes;
+    edges_forget(s, offset, bytes);
+    ret = bdrv_co_pwritev(bs->file, offset, bytes, qiov, flags);
+    s->edge_changes++;
+    return ret;
+}
 
 static int coroutine_fn child_pwrite(BlockDriverState *bs, int64_t offset,
                                      int64_t bytes, uint8_t *buf,
                                      BdrvRequestFlags flags)
 {
-    BDRVSeqcacheState *s = bs->opaque;
     QEMUIOVector qiov = QEMU_IOVEC_INIT_BUF(qiov, buf, bytes);
 
-    s->stats.child_writes++;
-    s->stats.child_write_bytes += bytes;
-    return bdrv_co_pwritev(bs->file, offset, bytes, &qiov, flags);
+    return child_pwritev(bs, offset, bytes, &qiov, flags);
 }
 
 /*
@@ -189,9 +338,52 @@ static bool may_write(BlockDriverState *bs, int64_t offset, int64_t bytes)
 }
 
 /*
- * Write the cached ranges and nothing else, but for padding past the end of
- * what exists below: there, unaligned ends are filled up with zeroes (which is
- * what would be read), so that the child has no sector to read and merge.
+ * Move @start, in a cluster, down to a block's start if what the child has in
+ * between is known and nothing written before lies there.
+ */
+static size_t coroutine_fn extend_down(BlockDriverState *bs, int64_t offset,
+                                       uint8_t *data, size_t start,
+                                       size_t written)
+{
+    BDRVSeqcacheState *s = bs->opaque;
+    const size_t sizes[] = { s->edge_bytes,
+                             bs->file->bs->bl.request_alignment };
+
+    for (unsigned i = 0; i < ARRAY_SIZE(sizes); i++) {
+        size_t head = QEMU_ALIGN_DOWN(start, sizes[i]);
+
+        if (head == start || (head >= written &&
+                              fill_known(bs, offset + head, offset + start,
+                                         data + head))) {
+            return head;
+        }
+    }
+    return start;
+}
+
+/* The same upwards, to @limit at most. */
+static size_t coroutine_fn extend_up(BlockDriverState *bs, int64_t offset,
+                                     uint8_t *data, size_t end, size_t limit)
+{
+    BDRVSeqcacheState *s = bs->opaque;
+    const size_t sizes[] = { s->edge_bytes,
+                             bs->file->bs->bl.request_alignment };
+
+    for (unsigned i = 0; i < ARRAY_SIZE(sizes); i++) {
+        size_t tail = MIN(QEMU_ALIGN_UP(end, sizes[i]), limit);
+
+        if (tail == end || fill_known(bs, offset + end, offset + tail,
+                                      data + end)) {
+            return tail;
+        }
+    }
+    return end;
+}
+
+/*
+ * Write the cached ranges and nothing else, but for the rest of the blocks that
+ * they begin and end in, where it is known what the child has there. Nobody
+ * else writes to this cluster meanwhile.
  */
 static int coroutine_fn write_out_ranges(BlockDriverState *bs,
                                          BaleSeqcacheOut *out)
@@ -200,47 +392,72 @@ static int coroutine_fn write_out_ranges(BlockDriverState *bs,
     int64_t offset = bale_seqcache_out_offset(out);
     uint8_t *data = bale_seqcache_out_data(out);
     size_t align = bs->file->bs->bl.request_alignment;
-    size_t start = 0, len;
+    size_t start = 0, len, written = 0;
     bool more = bale_seqcache_out_range(out, &start, &len);
     int ret;
 
     while (more) {
-        size_t next = start + len, next_len;
-        size_t padded = QEMU_ALIGN_UP(start + len, align);
-        int64_t end = bdrv_getlength(bs->file->bs);
+        size_t end = start + len, next = end, next_len, head, tail;
 
+        start = extend_down(bs, offset, data, start, written);
         more = bale_seqcache_out_range(out, &next, &next_len);
-        if (end >= 0 && end <= offset + (int64_t)(start + len) &&
-            padded <= s->opts.cluster_bytes &&
-            bs->file->perm & BLK_PERM_RESIZE) {
-            if (more && next < padded) {
-                /* The next range shares the last block. */
-                memset(data + start + len, 0, next - start - len);
-                len = next + next_len - start;
-                next = start + len;
-                more = bale_seqcache_out_range(out, &next, &next_len);
-                padded = QEMU_ALIGN_UP(start + len, align);
-            }
-            if (padded <= s->opts.cluster_bytes &&
-                !(more && next < padded)) {
-                memset(data + start + len, 0, padded - start - len);
-                len = padded - start;
-            }
+        end = extend_up(bs, offset, data, end,
+                        more ? next : s->opts.cluster_bytes);
+        while (more && end == next) {
+            /* The next range begins in the same block. */
+            end = next + next_len;
+            next = end;
+            more = bale_seqcache_out_range(out, &next, &next_len);
+            end = extend_up(bs, offset, data, end,
+                            more ? next : s->opts.cluster_bytes);
         }
-        if (!QEMU_IS_ALIGNED(start | len, align)) {
+        if (!QEMU_IS_ALIGNED(start | end, align)) {
             s->stats.read_modify_writes++;
         }
-        if (!may_write(bs, offset + start, len)) {
+        if (!may_write(bs, offset + start, end - start)) {
             return -EPERM;
         }
-        ret = child_pwrite(bs, offset + start, len, data + start, 0);
+        ret = child_pwrite(bs, offset + start, end - start, data + start, 0);
         if (ret < 0) {
             return ret;
         }
+        /* The first and the last block, unless the cluster is complete now */
+        head = QEMU_ALIGN_UP(start, s->edge_bytes);
+        tail = QEMU_ALIGN_DOWN(end, s->edge_bytes);
+        if (head < tail && (start > 0 || end < s->opts.cluster_bytes)) {
+            edges_remember(s, offset + head, data + head);
+            tail -= s->edge_bytes;
+            if (tail > head) {
+                edges_remember(s, offset + tail, data + tail);
+            }
+        }
+        written = end;
         start = next;
         len = next_len;
     }
     return 0;
+}
+
+/* Write complete neighbours in one request. */
+static int coroutine_fn write_out_batch(BlockDriverState *bs, WriteOut *w)
+{
+    BDRVSeqcacheState *s = bs->opaque;
+    int64_t offset = bale_seqcache_out_offset(w->outs[0]);
+    int64_t bytes = (int64_t)w->n * s->opts.cluster_bytes;
+    QEMUIOVector qiov;
+    int ret;
+
+    if (!may_write(bs, offset, bytes)) {
+        return -EPERM;
+    }
+    qemu_iovec_init(&qiov, w->n);
+    for (unsigned i = 0; i < w->n; i++) {
+        qemu_iovec_add(&qiov, bale_seqcache_out_data(w->outs[i]),
+                       s->opts.cluster_bytes);
+    }
+    ret = child_pwritev(bs, offset, bytes, &qiov, 0);
+    qemu_iovec_destroy(&qiov);
+    return ret;
 }
 
 /* Read what is not cached of the cluster's first @bytes bytes. */
@@ -322,20 +539,25 @@ static void coroutine_fn write_out_entry(void *opaque)
     WriteOut *w = opaque;
     BlockDriverState *bs = w->bs;
     BDRVSeqcacheState *s = bs->opaque;
-    uint64_t offset = bale_seqcache_out_offset(w->out);
-    size_t bytes = bale_seqcache_out_bytes(w->out);
-    size_t start = 0, len;
+    uint64_t offset = bale_seqcache_out_offset(w->outs[0]);
+    size_t bytes = 0, start = 0, len;
     int64_t begun_ns = now_ns();
     int ret;
 
-    bale_seqcache_out_range(w->out, &start, &len);
+    bale_seqcache_out_range(w->outs[0], &start, &len);
     offset += start;
-    ret = s->opts.compress ? write_out_compressed(bs, w->out)
-                           : write_out_ranges(bs, w->out);
+    for (unsigned i = 0; i < w->n; i++) {
+        bytes += bale_seqcache_out_bytes(w->outs[i]);
+    }
+    ret = s->opts.compress ? write_out_compressed(bs, w->outs[0])
+          : w->n > 1       ? write_out_batch(bs, w)
+                           : write_out_ranges(bs, w->outs[0]);
 
     bale_histogram_add(&s->stats.size_bytes, bytes);
     bale_histogram_add(&s->stats.latency_ns, now_ns() - begun_ns);
-    bale_seqcache_out_done(s->cache, w->out, ret == 0);
+    for (unsigned i = 0; i < w->n; i++) {
+        bale_seqcache_out_done(s->cache, w->outs[i], ret == 0);
+    }
     s->write_outs--;
     if (ret < 0) {
         set_error(bs, offset, bytes, ret);
@@ -348,15 +570,47 @@ static void coroutine_fn write_out_entry(void *opaque)
     bdrv_dec_in_flight(bs);
 }
 
+/* Clusters that make a batch; 1: none are made. */
+static unsigned batch_clusters(BDRVSeqcacheState *s)
+{
+    return s->opts.compress ? 1
+                            : MIN(MAX(BATCH_BYTES / s->opts.cluster_bytes, 1),
+                                  MAX_BATCH_CLUSTERS);
+}
+
+/* Write @out out, and complete neighbours after it with it. */
 static void start_write_out(BlockDriverState *bs, BaleSeqcacheOut *out)
 {
     BDRVSeqcacheState *s = bs->opaque;
-    WriteOut *w = g_new(WriteOut, 1);
+    unsigned max = batch_clusters(s);
+    WriteOut *w = g_malloc(sizeof(*w) + max * sizeof(w->outs[0]));
+    uint64_t next = bale_seqcache_out_offset(out);
+    int err;
 
-    *w = (WriteOut){ .bs = bs, .out = out };
+    *w = (WriteOut){ .bs = bs };
+    do {
+        bool whole = bale_seqcache_out_bytes(out) == s->opts.cluster_bytes;
+
+        w->outs[w->n++] = out;
+        next += s->opts.cluster_bytes;
+        out = whole && w->n < max
+                  ? bale_seqcache_begin_complete_at(s->cache, next, &err)
+                  : NULL;
+    } while (out);
     s->write_outs++;
     bdrv_inc_in_flight(bs);
     bdrv_coroutine_enter(bs, qemu_coroutine_create(write_out_entry, w));
+}
+
+/* Are there so many finished clusters that they need not wait for more? */
+static bool batch_is_ready(BDRVSeqcacheState *s)
+{
+    size_t n = bale_seqcache_finished_clusters(s->cache);
+
+    return n > 0 &&
+           (n >= batch_clusters(s) ||
+            n * s->opts.cluster_bytes >= s->opts.cache_bytes / 4 ||
+            (s->batch_due_ns && now_ns() >= s->batch_due_ns));
 }
 
 /*
@@ -366,19 +620,27 @@ static void start_write_out(BlockDriverState *bs, BaleSeqcacheOut *out)
 static void seqcache_kick(BlockDriverState *bs, bool need_room)
 {
     BDRVSeqcacheState *s = bs->opaque;
+    bool all = s->drains > 0;
     BaleSeqcacheOut *out;
     int err = 0;
 
-    while (!s->error && s->write_outs < MAX_WRITE_OUTS) {
+    while (!s->error && s->write_outs < MAX_WRITE_OUTS &&
+           (all || need_room || batch_is_ready(s))) {
         out = bale_seqcache_begin_finished(s->cache, &err);
         if (!out && !err &&
-            (s->drains > 0 || (need_room && s->write_outs < MAX_EVICTIONS))) {
+            (all || (need_room && s->write_outs < MAX_EVICTIONS))) {
             out = bale_seqcache_begin_upto(s->cache, UINT64_MAX, &err);
         }
         if (!out) {
             break;
         }
         start_write_out(bs, out);
+    }
+    if (bale_seqcache_finished_clusters(s->cache) == 0) {
+        s->batch_due_ns = 0;
+    } else if (!s->batch_due_ns) {
+        s->batch_due_ns = now_ns() + BATCH_DELAY_NS;
+        seqcache_arm_timer(bs);
     }
 }
 
@@ -455,20 +717,25 @@ static int coroutine_fn seqcache_co_flush_to_os(BlockDriverState *bs)
 static void seqcache_arm_timer(BlockDriverState *bs)
 {
     BDRVSeqcacheState *s = bs->opaque;
-    int64_t oldest_ns = bale_seqcache_oldest_time(s->cache);
-    int64_t now = now_ns();
+    int64_t due_ns = INT64_MAX, oldest_ns;
 
     if (!s->timer) {
         return;
     }
-    if (oldest_ns == INT64_MAX || s->opts.flush_interval_ms == 0 || s->error ||
-        s->drains > 0) {
+    if (s->opts.flush_interval_ms > 0) {
+        oldest_ns = bale_seqcache_oldest_time(s->cache);
+        if (oldest_ns != INT64_MAX) {
+            due_ns = oldest_ns +
+                     (int64_t)s->opts.flush_interval_ms * SCALE_MS;
+        }
+    }
+    if (s->batch_due_ns) {
+        due_ns = MIN(due_ns, s->batch_due_ns);
+    }
+    if (due_ns == INT64_MAX || s->error || s->drains > 0) {
         timer_del(s->timer);
     } else {
-        timer_mod_ns(s->timer,
-                     MAX(oldest_ns + (int64_t)s->opts.flush_interval_ms *
-                                         SCALE_MS,
-                         now + MIN_TIMER_NS));
+        timer_mod_ns(s->timer, MAX(due_ns, now_ns() + MIN_TIMER_NS));
     }
 }
 
@@ -477,13 +744,15 @@ static void timer_cb(void *opaque)
     BlockDriverState *bs = opaque;
     BDRVSeqcacheState *s = bs->opaque;
     AioContext *ctx = bdrv_get_aio_context(bs);
-    int64_t limit_ns;
     BaleSeqcacheOut *out;
+    int64_t limit_ns;
     int err;
 
     aio_context_acquire(ctx);
+    seqcache_kick(bs, false);
     limit_ns = now_ns() - (int64_t)s->opts.flush_interval_ms * SCALE_MS;
-    while (!s->error && s->write_outs < MAX_WRITE_OUTS &&
+    while (s->opts.flush_interval_ms > 0 && !s->error &&
+           s->write_outs < MAX_WRITE_OUTS &&
            (out = bale_seqcache_begin_older(s->cache, limit_ns, &err))) {
         start_write_out(bs, out);
     }
@@ -525,12 +794,14 @@ static void coroutine_fn exclusive_begin(BlockDriverState *bs, Exclusive *x,
         s->stats.waits++;
         wait_for_progress(s);
     }
+    edges_forget(s, x->start, MIN(x->end, INT64_MAX) - x->start);
 }
 
 static void coroutine_fn exclusive_end(BlockDriverState *bs, Exclusive *x)
 {
     BDRVSeqcacheState *s = bs->opaque;
 
+    s->edge_changes++;
     bale_seqcache_release(s->cache, x->start, x->end - x->start);
     QLIST_REMOVE(x, next);
     seqcache_kick(bs, false);
@@ -650,6 +921,38 @@ typedef struct Gap {
     size_t len;
 } Gap;
 
+/*
+ * Read less than a block. The child reads the whole block for it anyway; so do
+ * we, and remember it if nothing can have changed it meanwhile.
+ */
+static int coroutine_fn read_small(BlockDriverState *bs, int64_t offset,
+                                   size_t bytes, QEMUIOVector *qiov,
+                                   size_t qiov_offset)
+{
+    BDRVSeqcacheState *s = bs->opaque;
+    int64_t block = QEMU_ALIGN_DOWN(offset, s->edge_bytes);
+    size_t span = ROUND_UP(offset + bytes, s->edge_bytes) - block;
+    uint64_t changes = s->edge_changes;
+    uint8_t *bounce = qemu_try_blockalign(bs->file->bs, span);
+    int ret;
+
+    if (!bounce) {
+        return bdrv_co_preadv_part(bs->file, offset, bytes, qiov, qiov_offset,
+                                   0);
+    }
+    ret = bdrv_co_pread(bs->file, block, span, bounce, 0);
+    if (ret >= 0) {
+        qemu_iovec_from_buf(qiov, qiov_offset, bounce + (offset - block),
+                            bytes);
+        for (size_t at = 0; at < span && changes == s->edge_changes;
+             at += s->edge_bytes) {
+            edges_remember(s, block + at, bounce + at);
+        }
+    }
+    qemu_vfree(bounce);
+    return ret;
+}
+
 /* Read @n gaps from the child, in one go if they are close together. */
 static int coroutine_fn read_gaps(BlockDriverState *bs, int64_t offset,
                                   QEMUIOVector *qiov, size_t qiov_offset,
@@ -678,6 +981,11 @@ static int coroutine_fn read_gaps(BlockDriverState *bs, int64_t offset,
         }
         qemu_vfree(bounce);
         return ret;
+    }
+    if (n == 1 && gaps[0].len < s->edge_bytes && s->edge_data) {
+        s->stats.child_reads++;
+        return read_small(bs, offset + gaps[0].pos, gaps[0].len, qiov,
+                          qiov_offset + gaps[0].pos);
     }
     for (unsigned i = 0; i < n && ret >= 0; i++) {
         s->stats.child_reads++;
@@ -1068,6 +1376,7 @@ static int seqcache_open(BlockDriverState *bs, QDict *options, int flags,
     }
     qemu_co_queue_init(&s->progress);
     QLIST_INIT(&s->exclusives);
+    edges_init(bs);
     seqcache_attach_aio_context(bs, bdrv_get_aio_context(bs));
 
     bs->supported_write_flags = BDRV_REQ_WRITE_UNCHANGED;
@@ -1097,6 +1406,7 @@ static void seqcache_close(BlockDriverState *bs)
     g_clear_pointer(&s->cache, bale_seqcache_free);
     g_clear_pointer(&s->last_error, g_free);
     g_clear_pointer(&s->flush_error, g_free);
+    g_clear_pointer(&s->edge_data, g_free);
 }
 
 static int seqcache_inactivate(BlockDriverState *bs)

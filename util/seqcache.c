@@ -832,6 +832,18 @@ BaleSeqcacheOut *bale_seqcache_begin_at(BaleSeqcache *sc, uint64_t offset,
     return e && entry_is_ready(e) ? entry_begin(sc, e, err) : NULL;
 }
 
+BaleSeqcacheOut *bale_seqcache_begin_complete_at(BaleSeqcache *sc,
+                                                 uint64_t offset, int *err)
+{
+    Entry *e = entry_find(sc, offset >> sc->cluster_bits);
+
+    *err = 0;
+    return e && entry_is_ready(e) && e->state == STATE_FINISHED &&
+                   e->cur->n_valid == sc->cluster_bytes
+               ? entry_begin(sc, e, err)
+               : NULL;
+}
+
 uint64_t bale_seqcache_out_offset(const BaleSeqcacheOut *out)
 {
     return out->entry->index * out->cluster_bytes;
@@ -1118,6 +1130,11 @@ uint64_t bale_seqcache_end(const BaleSeqcache *sc)
         end = MAX(end, map_end(last->out->valid, sc->map_words));
     }
     return (last->index << sc->cluster_bits) + end;
+}
+
+size_t bale_seqcache_finished_clusters(const BaleSeqcache *sc)
+{
+    return sc->finished.length;
 }
 
 void bale_seqcache_get_stats(const BaleSeqcache *sc, BaleSeqcacheStats *stats)

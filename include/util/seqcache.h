@@ -180,6 +180,11 @@ BaleSeqcacheOut *bale_seqcache_begin_older(BaleSeqcache *sc, int64_t time_ns,
 BaleSeqcacheOut *bale_seqcache_begin_at(BaleSeqcache *sc, uint64_t offset,
                                         int *err);
 
+/* The cluster that starts at @offset, if it is finished and complete: to write
+ * out neighbours together. */
+BaleSeqcacheOut *bale_seqcache_begin_complete_at(BaleSeqcache *sc,
+                                                 uint64_t offset, int *err);
+
 /* Where the cluster starts. */
 uint64_t bale_seqcache_out_offset(const BaleSeqcacheOut *out);
 
@@ -244,6 +249,9 @@ int64_t bale_seqcache_oldest_time(const BaleSeqcache *sc);
 
 /* The offset after the last cached byte; 0 if nothing is cached. */
 uint64_t bale_seqcache_end(const BaleSeqcache *sc);
+
+/* Clusters that begin_finished may offer, now or when they are not held. */
+size_t bale_seqcache_finished_clusters(const BaleSeqcache *sc);
 
 void bale_seqcache_get_stats(const BaleSeqcache *sc, BaleSeqcacheStats *stats);
 void bale_seqcache_reset_stats(BaleSeqcache *sc);

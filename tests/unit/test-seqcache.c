@@ -447,6 +447,27 @@ static void test_held_clusters_are_not_offered(void)
     done(sc, next_finished(sc, 0), true);
 }
 
+static void test_complete_neighbours_can_be_had(void)
+{
+    g_autoptr(BaleSeqcache) sc = cache_new(8, 1);
+    BaleSeqcacheOut *out;
+    int err;
+
+    put(sc, 0, 2 * CLUSTER, 1);
+    put(sc, 2 * CLUSTER, 10, 1);
+    put(sc, 3 * CLUSTER, 10, 1);
+    g_assert_cmpuint(bale_seqcache_finished_clusters(sc), ==, 3);
+    out = bale_seqcache_begin_complete_at(sc, CLUSTER, &err);
+    g_assert_nonnull(out);
+    g_assert_cmpuint(bale_seqcache_finished_clusters(sc), ==, 2);
+    /* In write-out, incomplete, open, not there. */
+    for (unsigned i = 1; i < 5; i++) {
+        g_assert_null(bale_seqcache_begin_complete_at(sc, i * CLUSTER, &err));
+        g_assert_cmpint(err, ==, 0);
+    }
+    done(sc, out, true);
+}
+
 static void test_flush_covers_what_came_before(void)
 {
     g_autoptr(BaleSeqcache) sc = cache_new(8, 8);
@@ -970,6 +991,7 @@ int main(int argc, char **argv)
     ADD(discard_drops_bytes);
     ADD(discarded_bytes_in_write_out_do_not_come_back);
     ADD(held_clusters_are_not_offered);
+    ADD(complete_neighbours_can_be_had);
     ADD(flush_covers_what_came_before);
     ADD(age);
     ADD(vectors_with_skip_and_empty_elements);
