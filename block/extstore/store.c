@@ -250,6 +250,20 @@ static int create_allocate(BaleDevice *dev)
     return dev->ops->allocate(dev, 0, BALE_SUPER_SIZE);
 }
 
+static bool device_set_geometry(BaleDevice *dev, uint64_t page_size,
+                                GError **errp)
+{
+    int ret = 0;
+
+    if (dev->ops->set_geometry) {
+        ret = dev->ops->set_geometry(dev, BALE_SUPER_SIZE, page_size);
+    }
+    return ret == 0 ||
+           store_error(errp, BALE_STORE_ERROR_IO,
+                       "the device refuses pages of %" PRIu64 " bytes: %s",
+                       page_size, g_strerror(-ret));
+}
+
 /* An older store's superblocks must not win over the new one's. */
 static int create_wipe(BaleDevice *dev)
 {
@@ -305,8 +319,8 @@ bool bale_store_create(BaleDevice *dev, const BaleCreateOptions *o,
                                           : BALE_STORE_ERROR_IO,
                            "writing the super area: %s", g_strerror(-ret));
     }
-    if (dev->ops->set_geometry) {
-        dev->ops->set_geometry(dev, BALE_SUPER_SIZE, super.page_size);
+    if (!device_set_geometry(dev, super.page_size, errp)) {
+        return false;
     }
     s = store_new(dev, &super, &open);
     s->image = bale_image_new(s, &record, errp);
@@ -416,8 +430,8 @@ BaleStore *bale_store_open(BaleDevice *dev, const BaleOpenOptions *o,
                     "repair it");
         return NULL;
     }
-    if (dev->ops->set_geometry) {
-        dev->ops->set_geometry(dev, BALE_SUPER_SIZE, super.page_size);
+    if (!device_set_geometry(dev, super.page_size, errp)) {
+        return NULL;
     }
     s = store_new(dev, &super, o);
     if (s->dev_info.block_size > BALE_BLOCK_SIZE) {

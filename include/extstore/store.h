@@ -299,8 +299,9 @@ int bale_store_flush_sync(BaleStore *store);
 
 /*
  * Blocking and durable when they return true.  Resizing down drops what is cut
- * off: growing again shows zeroes there, even over a backing file.  The caller
- * has no write to the cut range under way.
+ * off.  What growing adds is not allocated: it reads as zeroes or, where
+ * something longer lies under the image, shows that until it is zeroed.  The
+ * caller has no write to the cut range under way.
  */
 bool bale_image_resize(BaleImage *image, uint64_t size, GError **errp);
 bool bale_image_set_backing(BaleImage *image, const char *backing_file,
