@@ -165,6 +165,20 @@ static int64_t child_end(BlockDriverState *bs)
     return bs->file->bs->total_sectors << BDRV_SECTOR_BITS;
 }
 
+/*
+ * The block size below: filters in between pass any request on, and say so, but
+ * the node under them may not.
+ */
+static size_t child_align(BlockDriverState *child)
+{
+    size_t align = 1;
+
+    for (; child; child = bdrv_filter_bs(child)) {
+        align = MAX(align, child->bl.request_alignment);
+    }
+    return align;
+}
+
 /* ------------------------------------------------------------------ errors */
 
 /* A write-out failed: remember it and tell the log. */
@@ -201,7 +215,7 @@ static int tell_error(BDRVSeqcacheState *s)
 static void edges_init(BlockDriverState *bs)
 {
     BDRVSeqcacheState *s = bs->opaque;
-    size_t align = bs->file->bs->bl.request_alignment;
+    size_t align = child_align(bs->file->bs);
 
     for (unsigned i = 0; i < MAX_EDGES; i++) {
         s->edges[i].offset = -1;
@@ -346,8 +360,7 @@ static size_t coroutine_fn extend_down(BlockDriverState *bs, int64_t offset,
                                        size_t written)
 {
     BDRVSeqcacheState *s = bs->opaque;
-    const size_t sizes[] = { s->edge_bytes,
-                             bs->file->bs->bl.request_alignment };
+    const size_t sizes[] = { s->edge_bytes, child_align(bs->file->bs) };
 
     for (unsigned i = 0; i < ARRAY_SIZE(sizes); i++) {
         size_t head = QEMU_ALIGN_DOWN(start, sizes[i]);
@@ -361,23 +374,54 @@ static size_t coroutine_fn extend_down(BlockDriverState *bs, int64_t offset,
     return start;
 }
 
-/* The same upwards, to @limit at most. */
+/*
+ * The same upwards, to @limit at most. Past the child's end no further than
+ * the child itself would go: its length is seen above.
+ */
 static size_t coroutine_fn extend_up(BlockDriverState *bs, int64_t offset,
                                      uint8_t *data, size_t end, size_t limit)
 {
     BDRVSeqcacheState *s = bs->opaque;
-    const size_t sizes[] = { s->edge_bytes,
-                             bs->file->bs->bl.request_alignment };
+    const size_t sizes[] = { s->edge_bytes, child_align(bs->file->bs) };
 
     for (unsigned i = 0; i < ARRAY_SIZE(sizes); i++) {
         size_t tail = MIN(QEMU_ALIGN_UP(end, sizes[i]), limit);
 
+        if (i == 0 && offset + (int64_t)tail > child_end(bs)) {
+            continue;
+        }
         if (tail == end || fill_known(bs, offset + end, offset + tail,
                                       data + end)) {
             return tail;
         }
     }
     return end;
+}
+
+/*
+ * [@start, @end) of a cluster was written: remember the first and the last
+ * block of it that are known whole. With @at_end the child ended before @end,
+ * so what follows in the last block is zero.
+ */
+static void remember_ends(BDRVSeqcacheState *s, int64_t offset,
+                          const uint8_t *data, size_t start, size_t end,
+                          bool at_end)
+{
+    size_t head = QEMU_ALIGN_UP(start, s->edge_bytes);
+    size_t tail = QEMU_ALIGN_DOWN(end, s->edge_bytes);
+
+    if (head < tail) {
+        edges_remember(s, offset + head, data + head);
+    }
+    if (tail < end && tail >= start && at_end && s->edge_data) {
+        uint8_t block[EDGE_BYTES] = { 0 };
+
+        memcpy(block, data + tail, end - tail);
+        edges_remember(s, offset + tail, block);
+    } else if (tail == end && head + s->edge_bytes < tail) {
+        edges_remember(s, offset + tail - s->edge_bytes,
+                       data + tail - s->edge_bytes);
+    }
 }
 
 /*
@@ -391,13 +435,14 @@ static int coroutine_fn write_out_ranges(BlockDriverState *bs,
     BDRVSeqcacheState *s = bs->opaque;
     int64_t offset = bale_seqcache_out_offset(out);
     uint8_t *data = bale_seqcache_out_data(out);
-    size_t align = bs->file->bs->bl.request_alignment;
+    size_t align = child_align(bs->file->bs);
     size_t start = 0, len, written = 0;
     bool more = bale_seqcache_out_range(out, &start, &len);
     int ret;
 
     while (more) {
-        size_t end = start + len, next = end, next_len, head, tail;
+        size_t end = start + len, next = end, next_len;
+        bool at_end;
 
         start = extend_down(bs, offset, data, start, written);
         more = bale_seqcache_out_range(out, &next, &next_len);
@@ -417,19 +462,14 @@ static int coroutine_fn write_out_ranges(BlockDriverState *bs,
         if (!may_write(bs, offset + start, end - start)) {
             return -EPERM;
         }
+        at_end = offset + (int64_t)end >= child_end(bs) &&
+                 (!more || next >= QEMU_ALIGN_UP(end, s->edge_bytes));
         ret = child_pwrite(bs, offset + start, end - start, data + start, 0);
         if (ret < 0) {
             return ret;
         }
-        /* The first and the last block, unless the cluster is complete now */
-        head = QEMU_ALIGN_UP(start, s->edge_bytes);
-        tail = QEMU_ALIGN_DOWN(end, s->edge_bytes);
-        if (head < tail && (start > 0 || end < s->opts.cluster_bytes)) {
-            edges_remember(s, offset + head, data + head);
-            tail -= s->edge_bytes;
-            if (tail > head) {
-                edges_remember(s, offset + tail, data + tail);
-            }
+        if (start > 0 || end < s->opts.cluster_bytes) {
+            remember_ends(s, offset, data, start, end, at_end);
         }
         written = end;
         start = next;
@@ -1046,7 +1086,8 @@ static int coroutine_fn seqcache_co_pwrite_zeroes(BlockDriverState *bs,
     if (s->error) {
         return tell_error(s);
     }
-    if (!whole && !(flags & (BDRV_REQ_NO_FALLBACK | BDRV_REQ_WRITE_UNCHANGED))) {
+    if (!whole &&
+        !(flags & (BDRV_REQ_NO_FALLBACK | BDRV_REQ_WRITE_UNCHANGED))) {
         /* The block layer then writes zeroes, which merge in the cache. */
         return -ENOTSUP;
     }
@@ -1219,7 +1260,7 @@ static void seqcache_attach_aio_context(BlockDriverState *bs,
     seqcache_arm_timer(bs);
 }
 
-/* -------------------------------------------------------- open, close, perms */
+/* ------------------------------------------------------- open, close, perms */
 
 static QemuOptsList runtime_opts = {
     .name = "seqcache",
@@ -1266,7 +1307,7 @@ static uint64_t default_cluster_bytes(BlockDriverState *child)
         is_power_of_2(bdi.cluster_size)) {
         bytes = bdi.cluster_size;
     }
-    return MIN(MAX(bytes, child->bl.request_alignment),
+    return MIN(MAX(bytes, child_align(child)),
                BALE_SEQCACHE_MAX_CLUSTER_BYTES);
 }
 
@@ -1287,7 +1328,7 @@ static bool absorb_options(SeqcacheOptions *o, QDict *options,
 {
     QemuOpts *opts = qemu_opts_create(&runtime_opts, NULL, 0, &error_abort);
     uint64_t min_cluster = MAX(BALE_SEQCACHE_MIN_CLUSTER_BYTES,
-                               child->bl.request_alignment);
+                               child_align(child));
     BlockDriverInfo bdi;
     bool ok = false;
 
@@ -1363,7 +1404,7 @@ static int seqcache_open(BlockDriverState *bs, QDict *options, int flags,
     o = (BaleSeqcacheOptions){
         .cluster_bytes = s->opts.cluster_bytes,
         .align_bytes = MIN(MAX(bdrv_opt_mem_align(bs->file->bs),
-                               bs->file->bs->bl.request_alignment),
+                               child_align(bs->file->bs)),
                            BALE_SEQCACHE_MAX_ALIGN_BYTES),
         .max_bytes = s->opts.cache_bytes,
         .max_streams = s->opts.max_streams,

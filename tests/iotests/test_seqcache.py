@@ -313,6 +313,40 @@ class SizeTest(bale_iotests.TestCase):
         self.assertEqual(data[:50000], b'\1' * 50000)
         self.assertEqual(data[50000:].strip(b'\0'), b'')
 
+    def test_fixed_size_is_kept(self):
+        # Sectors, but not blocks of 4 KiB; O_DIRECT would not open that
+        for direct, size in ((False, 1000448), (True, 1003520)):
+            run('truncate', '-s', str(size), 'a.raw', check=0)
+            qemu_io_script('driver=raw,' + ','.join(
+                f'file.{word}' for word in filter_opts(
+                    'a.raw', direct=direct).split(',')),
+                [f'write -P 3 {size - 100} 100', 'flush',
+                 f'write -P 4 {size - 5000} 10', 'flush'])
+            self.assertEqual(os.path.getsize('a.raw'), size)
+
+    def test_flushes_while_a_file_grows(self):
+        run('truncate', '-s', '0', 'a.raw', check=0)
+        # qcow2 does this: appends of odd sizes with flushes between them
+        commands, data = [], b''
+        for i in range(300):
+            length = self.random.randint(1, 9000)
+            commands.append(f'write -q -P {1 + i % 250} {len(data)} {length}')
+            data += bytes([1 + i % 250]) * length
+            if self.random.random() < 0.5:
+                commands.append('flush')
+            if self.random.random() < 0.2:
+                at = self.random.randrange(len(data) - 50 if i > 9 else 1)
+                commands.append(f'write -q -P 255 {at} 1')
+                data = data[:at] + b'\xff' + data[at + 1:]
+        for direct in (False, True):
+            run('truncate', '-s', '0', 'a.raw', check=0)
+            qemu_io_script('driver=raw,' + ','.join(
+                f'file.{word}' for word in filter_opts(
+                    'a.raw', direct=direct, cluster_size='16k').split(',')),
+                ['truncate 8M', *commands])
+            with open('a.raw', 'rb') as file:
+                self.assertEqual(file.read(len(data)), data)
+
     def test_truncate_races_write_out(self):
         size = 8 * MIB
         run('truncate', '-s', str(size), 'a.raw', check=0)
