@@ -4,7 +4,7 @@
  *
  * The input's first three bytes are the options; each operation takes one
  * byte of kind and up to four bytes of parameters.  Build with
- * clang -fsanitize=fuzzer,address,undefined (see Makefile, "fuzz").
+ * clang -fsanitize=fuzzer,address,undefined (see run-fuzz).
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */

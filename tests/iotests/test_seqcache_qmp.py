@@ -658,6 +658,37 @@ class JobTest(Base):
                       qemu_img('check', 'dst.qcow2').out)
         self.assertLess(os.path.getsize('dst.qcow2'), 4 * MIB)
 
+    def test_commands_while_an_iothread_writes(self):
+        # A job in an I/O thread: 7.2's NBD server crashes in one by itself
+        run('dd', 'if=/dev/urandom', 'of=src.raw', 'bs=1M', 'count=48',
+            check=0)
+        run('truncate', '-s', '48M', 'a.raw', check=0)
+        with Qmp(*SYSTEM, '-object', 'iothread,id=io') as qmp:
+            qmp('blockdev-add', driver='file', node_name='src',
+                filename='src.raw')
+            qmp('x-blockdev-set-iothread', node_name='src', iothread='io')
+            options = self.cache_options(**{'cache-size': 1 * MIB,
+                                            'flush-interval': 30})
+            qmp('blockdev-add', **options)
+            # Slowed down so that the commands meet it
+            qmp('blockdev-backup', job_id='j', device='src',
+                target='cache0', sync='full', speed=100 * MIB,
+                x_perf={'max-workers': 32, 'max-chunk': 65536})
+            asked = 0
+            while not [e for e in qmp.events
+                       if e['event'] == 'BLOCK_JOB_COMPLETED']:
+                self.assertEqual(len(qmp('query-seqcache')), 1)
+                qmp('seqcache-flush', node_name='cache0')
+                if asked % 5 == 0:
+                    qmp('seqcache-reset-stats', node_name='cache0')
+                asked += 1
+            self.wait_job(qmp, 'j')
+            options['file'] = 'cache0-file'
+            qmp('blockdev-reopen', options=[options])
+            qmp('blockdev-del', node_name='cache0')
+            self.assertGreater(asked, 0)
+        run('cmp', 'src.raw', 'a.raw', check=0)
+
     def test_incremental_backup_with_bitmaps(self):
         self.make_source()
         qemu_img('create', '-q', '-f', 'qcow2', 'full.qcow2', '16M')
