@@ -729,6 +729,9 @@ class Store:
     def add_barrier(self, page, version, end, strong):
         if end > self.sb.page_size or end % BLOCK or version == 0:
             return
+        begin = SUPER_SIZE + page * self.sb.page_size
+        if not strong and begin >= self.sb.device_end:
+            return                    # cut off with its mark, opened later
         key = page, version
         if strong:
             self.strong.add(key)

@@ -442,8 +442,14 @@ static void scan_apply_barriers(Scan *scan)
         BaleBarrier b = known.barrier;
         ScanPage *sp;
 
-        if (b.page >= scan->pages) {
-            continue; /* it was freed, and cut off at a checkpoint */
+        if (b.page >= scan->pages ||
+            (!known.recent && page_address(scan->s, b.page) >=
+                                  scan->s->super.device_end)) {
+            /*
+             * It was freed, and cut off at a checkpoint, mark and all.  What
+             * is there now was opened later.
+             */
+            continue;
         }
         sp = &scan->page[b.page];
         if (b.version > sp->freed && b.version > sp->header.version &&
