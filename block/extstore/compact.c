@@ -148,8 +148,8 @@ static int compact_tombstone(Compact *c, const BaleRecord *old,
     BaleStore *s = c->s;
     BaleImage *image = s->image;
     uint64_t value = bale_value(address, 0), copy, pointing = 0;
-    uint64_t clusters =
-        bale_image_clusters(&image->record, s->cluster_size);
+    uint64_t clusters = (bale_image_size(image) + s->cluster_size - 1) >>
+                        s->cluster_bits;
     uint64_t end = MIN(old->cluster + old->count, clusters);
     uint64_t live = bale_value_live(value, s->cluster_size);
     BaleRecord r = *old;
@@ -266,7 +266,7 @@ static int compact_segment(Compact *c, uint64_t offset, uint64_t *next)
             c->stuck = true;
             return -EIO;
         }
-        if (r.layer != s->image->record.layer) {
+        if (r.layer != s->image->layer) {
             ret = 0;
         } else if (r.type == BALE_RECORD_DATA) {
             ret = compact_data(c, &r, address, payload);

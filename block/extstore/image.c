@@ -189,7 +189,7 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
 {
     BaleStore *s = image->store;
     BaleRecord r = {
-        .layer = image->record.layer,
+        .layer = image->layer,
         .count = 1,
         .cluster = cluster,
     };
@@ -211,7 +211,7 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
         if (n < 0) {
             return n;
         }
-        r.codec = n ? image->record.codec : BALE_CODEC_NONE;
+        r.codec = n ? image->codec : BALE_CODEC_NONE;
         r.payload_len = n ? n : s->cluster_size;
         payload = n ? wc->packed : data;
         size_class = bale_size_class(r.payload_len, s->cluster_size);
@@ -281,7 +281,7 @@ static int image_put_zeroes(BaleImage *image, uint64_t first, uint32_t count)
     BaleStore *s = image->store;
     BaleRecord r = {
         .type = BALE_RECORD_ZERO,
-        .layer = image->record.layer,
+        .layer = image->layer,
         .cluster = first,
         .count = count,
     };
@@ -459,6 +459,8 @@ BaleImage *bale_image_new(BaleStore *s, const BaleImageRecord *record,
     BaleImage *image = g_new0(BaleImage, 1);
 
     image->store = s;
+    image->layer = record->layer;
+    image->codec = record->codec;
     pthread_mutex_init(&image->range_lock, NULL);
     image->ranges_waiting_tail = &image->ranges_waiting;
     image->mutable_region = bale_mutable_new(image);
@@ -671,7 +673,7 @@ bool bale_image_set_backing(BaleImage *image, const char *backing_file,
 bool bale_image_clear(BaleImage *image, GError **errp)
 {
     BaleStore *s = image->store;
-    BaleRecord r = { .type = BALE_RECORD_DROP, .layer = image->record.layer };
+    BaleRecord r = { .type = BALE_RECORD_DROP, .layer = image->layer };
     uint64_t address;
     int ret = bale_store_flush_sync(s);
 

@@ -449,7 +449,7 @@ int bale_image_unpack(BaleImage *image, BaleWorkerContext *wc,
 
     if (bale_record_decode(&r, seed, s->cluster_size, buf, avail) < 0 ||
         r.type != BALE_RECORD_DATA || r.version != version ||
-        r.layer != image->record.layer || r.cluster != cluster ||
+        r.layer != image->layer || r.cluster != cluster ||
         (size_t)r.header_len + r.payload_len > avail) {
         return -EIO;
     }

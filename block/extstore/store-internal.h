@@ -118,6 +118,8 @@ typedef struct BaleWorkerContext {
 
 struct BaleImage {
     BaleStore *store;
+    uint32_t layer;          /* constant, as is codec */
+    uint8_t codec;
     BaleImageRecord record;  /* under log_lock */
     BaleIndex *index;        /* cluster -> value; latch-free */
     uint32_t *chunk_entries; /* per BALE_CHUNK_CLUSTERS; atomic */
