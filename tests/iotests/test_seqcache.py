@@ -16,10 +16,6 @@ from bale_iotests import LONG, qemu_img, qemu_io, run
 KIB = 1024
 MIB = 1024 * KIB
 
-# QEMU 7.2's qcow2 says so when a write-zeroes meets a write in the same
-# cluster, over a plain file as often as over the filter. The image is fine.
-HARMLESS = 'qcow2_free_clusters failed: Invalid argument'
-
 MODEL_REQUESTS = 100000 if LONG else 20000
 
 
@@ -47,8 +43,7 @@ def qemu_io_script(opts, commands, *args):
                      stdin='\n'.join([*commands, 'quit', '']))
     output = (result.out + result.err).replace('qemu-io> ', '')
     bad = [line for line in output.splitlines()
-           if ('failed' in line or 'rror' in line or 'Pattern' in line) and
-           line != HARMLESS]
+           if 'failed' in line or 'rror' in line or 'Pattern' in line]
     if bad:
         raise AssertionError('\n'.join(bad[:20]))
     return result.out
@@ -58,12 +53,12 @@ class Model:
     """An image as a byte array, and random qemu-io commands that keep both
     the same."""
 
-    def __init__(self, rand, size, discard_zeroes):
+    def __init__(self, rand, size, zero_alone=False):
         self.rand = rand
         self.size = size
+        self.zero_alone = zero_alone  # nothing under way at a write-zeroes
         self.data = bytearray(size)
         self.unknown = bytearray(size)  # 1: after a discard
-        self.discard_zeroes = discard_zeroes
         self.last_end = 0
         self.busy = []  # ranges of requests under way
 
@@ -121,7 +116,11 @@ class Model:
             self.data[start:start + length] = bytes(length)
             self.unknown[start:start + length] = bytes(length)
             unmap = '-u ' if rand.random() < 0.5 else ''
-            return f'write -q -z {unmap}{start} {length}'
+            before = ''
+            if self.zero_alone:
+                self.busy = []
+                before = 'aio_flush\n'
+            return f'{before}write -q -z {unmap}{start} {length}'
         if kind < 0.70:
             self.unknown[start:start + length] = b'\1' * length
             return f'discard -q {start} {length}'
@@ -150,10 +149,11 @@ class Model:
 class ModelTest(bale_iotests.TestCase):
     """Random requests against a byte array."""
 
-    def model(self, size, opts, flat, requests=MODEL_REQUESTS, args=()):
+    def model(self, size, opts, flat, requests=MODEL_REQUESTS, args=(),
+              zero_alone=False):
         """Runs the requests on opts; flat() returns the final bytes."""
         print(f'# BALE_SEED={self.seed}')
-        model = Model(self.random, size, False)
+        model = Model(self.random, size, zero_alone)
         commands = [model.command() for _ in range(requests)]
         commands += ['aio_flush', 'flush']
         with open('commands', 'w', encoding='ascii') as file:
@@ -197,11 +197,13 @@ class ModelTest(bale_iotests.TestCase):
                    self.flat_file('a.raw'), MODEL_REQUESTS // 4)
 
     def test_under_qcow2(self):
+        # QEMU 7.2's qcow2 itself loses data when a write-zeroes meets a write
+        # to other bytes of the same cluster; so they do not meet here.
         qemu_img('create', '-q', '-f', 'qcow2', 'a.qcow2', '3M')
         self.model(3 * MIB, 'driver=qcow2,' + ','.join(
             f'file.{word}' for word in filter_opts(
                 'a.qcow2', direct=True).split(',')),
-            self.flat_image('a.qcow2'))
+            self.flat_image('a.qcow2'), zero_alone=True)
         qemu_img('check', 'a.qcow2')
 
     def test_over_qcow2_compressing(self):
@@ -229,7 +231,7 @@ class ModelTest(bale_iotests.TestCase):
         qemu_img('create', '-q', '-f', 'qcow2', '-F', 'raw', '-b', 'base.raw',
                  'a.qcow2')
         print(f'# BALE_SEED={self.seed}')
-        model = Model(self.random, 3 * MIB, False)
+        model = Model(self.random, 3 * MIB)
         with open('base.raw', 'rb') as file:
             model.data[:] = file.read()
         commands = [model.command() for _ in range(MODEL_REQUESTS // 4)]
