@@ -8,7 +8,7 @@
  *     cache.c       decompressed clusters in memory
  *     log.c         appends records to pages through write buffers; flushes
  *     page.c        the page table: allocates, counts, frees pages
- *     recover.c     reads a checkpoint, or rebuilds the state by a scan
+ *     recover*.c    reads a checkpoint, or rebuilds the state by a scan
  *     checkpoint.c  writes a checkpoint and superblocks
  *     store.c       create, open, close
  *     compact.c     moves what is live out of fragmented pages

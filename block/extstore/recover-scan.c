@@ -1,0 +1,637 @@
+/*
+ * Recovery by a scan: what lies in the pages of a store.
+ *
+ * The scan collects what the directories of all segments say, and the barriers
+ * of all segments, then decides page by page what is a torn tail and what is
+ * damage, and at last applies the records in order of their sequence numbers:
+ *
+ *   walk     follow the segments of a page to its end, also past places where
+ *            no segment verifies: the barrier that tells what such a place is
+ *            may lie behind it
+ *   judge    a bad place above the page's proven end is a torn tail: the page
+ *            ends there.  Below it is damage: salvage what headers and
+ *            directories still tell.  Segments above the proven end count only
+ *            if each of their records verifies
+ *   apply    sort by sequence, set the index (recover-apply.c)
+ *
+ * Memory: 40 bytes for each record and 48 for each segment, which is bounded
+ * by the size of the device: a record takes at least 64 bytes of it.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "recover-internal.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <string.h>
+
+#include "util/checksum.h"
+#include "util/memory.h"
+#include "util/planted.h"
+
+/* Bytes read at once while damage is searched for the next good record. */
+#define SEARCH_WINDOW (256u << 10)
+
+/* --- reading --- */
+
+/* Read [@offset, @offset + @len) of @page, widened to blocks, to @scan->buf. */
+static const uint8_t *scan_read(Scan *scan, uint64_t page, uint64_t offset,
+                                uint64_t len)
+{
+    uint64_t begin = bale_align_down(offset, BALE_BLOCK_SIZE);
+    uint64_t end = bale_align_up(offset + len, BALE_BLOCK_SIZE);
+
+    if (end - begin > scan->buf_len) {
+        scan->ret = -EIO; /* longer than anything we write */
+        return NULL;
+    }
+    /* The window keeps a search in small steps from reading over and over. */
+    if (page != scan->window_page || begin < scan->window_begin ||
+        end > scan->window_end) {
+        if (scan->searching) {
+            end = MAX(end, MIN(begin + SEARCH_WINDOW, scan->s->page_size));
+        }
+        scan->window_end = 0;
+        scan->ret = bale_device_get_sync(scan->s->dev,
+                                         page_address(scan->s, page) + begin,
+                                         scan->buf, end - begin);
+        if (scan->ret < 0) {
+            return NULL;
+        }
+        scan->window_page = page;
+        scan->window_begin = begin;
+        scan->window_end = end;
+    }
+    return scan->buf + (offset - scan->window_begin);
+}
+
+static uint64_t scan_seed(Scan *scan, uint64_t page, uint64_t offset)
+{
+    return bale_place(scan->s->identity, page,
+                      scan->page[page].header.version, offset);
+}
+
+/*
+ * Read, verify the record at @offset of @page.  *@payload points into
+ * scan->buf.  0, -ENOENT, -EIO; a device error is also left in scan->ret.
+ */
+int bale_scan_record(Scan *scan, uint64_t page, uint64_t offset,
+                     uint32_t len_max, BaleRecord *r, const uint8_t **payload)
+{
+    BaleStore *s = scan->s;
+    uint64_t seed = scan_seed(scan, page, offset);
+    const uint8_t *p;
+    uint64_t avail;
+    int ret;
+
+    if (offset + BALE_RECORD_HEADER_LEN > s->page_size) {
+        return -ENOENT;
+    }
+    avail = MIN(len_max, s->page_size - offset);
+    p = scan_read(scan, page, offset, avail);
+    if (!p) {
+        return scan->ret;
+    }
+    ret = bale_record_decode(r, seed, s->cluster_size, p, avail);
+    if (ret < 0) {
+        return ret;
+    }
+    if (bale_record_size(r) > avail) {
+        if (bale_record_size(r) > s->page_size - offset) {
+            return -EIO;
+        }
+        p = scan_read(scan, page, offset, bale_record_size(r));
+        if (!p) {
+            return scan->ret;
+        }
+    }
+    *payload = p + r->header_len;
+    return bale_checksum(*payload, r->payload_len, seed) == r->payload_sum
+               ? 0
+               : -EIO;
+}
+
+static void scan_add_entry(Scan *scan, uint64_t page, const BaleRecord *r,
+                           uint64_t offset)
+{
+    ScanEntry e = {
+        .seq = r->seq,
+        .address = page_address(scan->s, page) + offset,
+        .cluster = r->cluster,
+        .layer = r->layer,
+        .count = r->count,
+        .payload_len = r->payload_len,
+        .page = page,
+        .type = r->type,
+    };
+
+    g_array_append_val(scan->entries, e);
+}
+
+/* Take over the entries of a directory payload; -EIO if one is bad. */
+static int scan_directory(Scan *scan, uint64_t page, uint64_t begin,
+                          uint64_t end, const uint8_t *p, uint32_t len,
+                          ScanSegment *segment)
+{
+    segment->first_entry = scan->entries->len;
+    if (len % BALE_DIRECTORY_ENTRY_LEN) {
+        return -EIO;
+    }
+    for (uint32_t i = 0; i < len / BALE_DIRECTORY_ENTRY_LEN; i++) {
+        BaleDirectoryEntry e;
+
+        if (bale_directory_entry_decode(&e, begin, end,
+                                        scan->s->cluster_size,
+                                        p + i * BALE_DIRECTORY_ENTRY_LEN) <
+            0) {
+            g_array_set_size(scan->entries, segment->first_entry);
+            return -EIO;
+        }
+        scan_add_entry(scan, page, &e.record, e.offset);
+    }
+    segment->entries = scan->entries->len - segment->first_entry;
+    return 0;
+}
+
+/* --- walk --- */
+
+static void scan_add_barrier(Scan *scan, const BaleBarrier *barrier,
+                             bool recent)
+{
+    ScanBarrier b = { *barrier, recent };
+
+    g_array_append_val(scan->barriers, b);
+    /* Between two checkpoints a device only grows. */
+    if (barrier->page >= scan->pages && recent && !scan->lost) {
+        bale_recover_report(scan->s,
+                            "page %" PRIu64 " lies behind the end of the "
+                            "device",
+                            barrier->page);
+        scan->lost = true;
+    }
+}
+
+/*
+ * Read the segment at @offset: its record, barriers and directory.  0: there
+ * is one, @out->kind tells about the directory.  -EIO, -ENOENT: there is none.
+ */
+static int scan_segment(Scan *scan, uint64_t page, uint64_t offset,
+                        ScanSegment *out, BaleSegment *segment)
+{
+    const uint8_t *payload;
+    BaleRecord r;
+    int ret;
+
+    ret = bale_scan_record(scan, page, offset, BALE_BLOCK_SIZE, &r, &payload);
+    if (ret < 0) {
+        return ret;
+    }
+    if (r.type != BALE_RECORD_SEGMENT ||
+        bale_segment_decode(segment, offset, scan->s->page_size, payload,
+                            r.payload_len) < 0) {
+        return -EIO;
+    }
+    out->offset = offset;
+    out->len = segment->segment_len;
+    out->entries = 0;
+    out->kind = SEGMENT_GOOD;
+    for (uint32_t i = 0; i < segment->barriers; i++) {
+        scan_add_barrier(scan, &segment->barrier[i],
+                         r.seq >= scan->s->super.next_seq);
+    }
+    ret = bale_scan_record(scan, page, segment->directory_offset,
+                           offset + segment->segment_len -
+                               segment->directory_offset,
+                           &r, &payload);
+    if (ret < 0 && scan->ret < 0) {
+        return ret;
+    }
+    if (ret < 0 || r.type != BALE_RECORD_DIRECTORY ||
+        r.payload_len / BALE_DIRECTORY_ENTRY_LEN != segment->records ||
+        scan_directory(scan, page, offset, segment->directory_offset, payload,
+                       r.payload_len, out) < 0) {
+        out->kind = SEGMENT_NO_DIRECTORY;
+        return scan->ret;
+    }
+    return 0;
+}
+
+/* Where the next segment record that verifies lies at or behind @offset. */
+static uint64_t scan_search(Scan *scan, uint64_t page, uint64_t offset)
+{
+    const uint8_t *payload;
+    BaleRecord r;
+
+    scan->searching = true;
+    while (offset < scan->s->page_size && scan->ret == 0 &&
+           (bale_scan_record(scan, page, offset, BALE_BLOCK_SIZE, &r,
+                             &payload) < 0 ||
+            r.type != BALE_RECORD_SEGMENT)) {
+        offset += BALE_BLOCK_SIZE;
+    }
+    scan->searching = false;
+    return offset;
+}
+
+/* List the segments of @page, to its end. */
+static void scan_walk(Scan *scan, uint64_t page)
+{
+    ScanPage *sp = &scan->page[page];
+    uint64_t offset = BALE_BLOCK_SIZE;
+    BaleSegment segment;
+    ScanSegment out;
+
+    sp->end = offset;
+    while (offset < scan->s->page_size && scan->ret == 0) {
+        if (scan_segment(scan, page, offset, &out, &segment) < 0) {
+            out = (ScanSegment){ .offset = offset,
+                                 .kind = SEGMENT_HEADLESS };
+            out.len = scan_search(scan, page, offset + BALE_BLOCK_SIZE) -
+                      offset;
+        }
+        g_array_append_val(sp->segments, out);
+        offset += out.len;
+    }
+}
+
+/* --- judge --- */
+
+/* A segment whose directory is damaged: its record headers tell the same. */
+static void scan_salvage_chain(Scan *scan, uint64_t page, ScanSegment *out)
+{
+    BaleSegment segment;
+    uint64_t offset;
+    uint32_t n = 0;
+
+    if (scan_segment(scan, page, out->offset, out, &segment) < 0) {
+        return; /* only if the device fails now; scan->ret tells */
+    }
+    offset = out->offset + BALE_RECORD_HEADER_LEN +
+             bale_segment_payload_len(segment.barriers);
+    offset = bale_align_up(offset, BALE_RECORD_ALIGN);
+    out->first_entry = scan->entries->len;
+    while (offset < segment.directory_offset && scan->ret == 0) {
+        const uint8_t *p = scan_read(scan, page, offset,
+                                     BALE_RECORD_HEADER_LEN);
+        BaleRecord r;
+
+        /* With a good header a bad payload still has a name. */
+        if (p && bale_record_decode(&r, scan_seed(scan, page, offset),
+                                    scan->s->cluster_size, p,
+                                    BALE_RECORD_HEADER_LEN) == 0 &&
+            bale_record_size(&r) <= segment.directory_offset - offset) {
+            scan_add_entry(scan, page, &r, offset);
+            n++;
+            offset += bale_record_size(&r);
+        } else {
+            offset += BALE_RECORD_ALIGN;
+        }
+    }
+    out->entries = n;
+    if (n != segment.records) {
+        scan->lost = true;
+    }
+}
+
+/*
+ * A place where no segment record verifies.  It may be one segment or several;
+ * each directory that is found tells of its segment.
+ */
+static void scan_salvage_area(Scan *scan, uint64_t page, ScanSegment *out)
+{
+    uint64_t limit = out->offset + out->len;
+    uint64_t begin = out->offset, offset = begin;
+
+    out->first_entry = scan->entries->len;
+    while (offset < limit && scan->ret == 0) {
+        const uint8_t *payload;
+        ScanSegment found;
+        BaleRecord r;
+
+        if (bale_scan_record(scan, page, offset, BALE_BLOCK_SIZE, &r,
+                             &payload) == 0 &&
+            r.type == BALE_RECORD_DIRECTORY &&
+            scan_directory(scan, page, begin, offset, payload, r.payload_len,
+                           &found) == 0) {
+            offset = bale_align_up(offset + bale_record_size(&r),
+                                   BALE_BLOCK_SIZE);
+            begin = offset;
+        } else {
+            offset += BALE_RECORD_ALIGN;
+        }
+    }
+    out->entries = scan->entries->len - out->first_entry;
+    if (begin < limit) {
+        scan->lost = true;
+    }
+}
+
+/*
+ * The header of @page is damaged, or from before @version: there was a page of
+ * that version, and it was not freed.
+ */
+static void scan_walk_again(Scan *scan, uint64_t page, uint64_t version)
+{
+    ScanPage *sp = &scan->page[page];
+
+    for (guint i = 0; sp->segments && i < sp->segments->len; i++) {
+        ScanSegment *segment = &g_array_index(sp->segments, ScanSegment, i);
+
+        for (uint32_t n = 0; n < segment->entries; n++) {
+            g_array_index(scan->entries, ScanEntry,
+                          segment->first_entry + n).dropped = true;
+        }
+    }
+    if (!sp->segments) {
+        sp->segments = g_array_new(FALSE, FALSE, sizeof(ScanSegment));
+    }
+    g_array_set_size(sp->segments, 0);
+    sp->used = true;
+    sp->header_damaged = true;
+    sp->proven = 0;
+    sp->header = (BalePageHeader){ .page = page, .version = version };
+    scan_walk(scan, page);
+}
+
+/* Raise the proven ends by all barriers. */
+static void scan_apply_barriers(Scan *scan)
+{
+    /* Walking a page that a barrier names may add barriers. */
+    for (guint i = 0; i < scan->barriers->len && scan->ret == 0; i++) {
+        ScanBarrier known = g_array_index(scan->barriers, ScanBarrier, i);
+        BaleBarrier b = known.barrier;
+        ScanPage *sp;
+
+        if (b.page >= scan->pages ||
+            (!known.recent && page_address(scan->s, b.page) >=
+                                  scan->s->super.device_end)) {
+            /*
+             * It was freed, and cut off at a checkpoint, mark and all.  What
+             * is there now was opened later.
+             */
+            continue;
+        }
+        sp = &scan->page[b.page];
+        if (b.version > sp->freed && b.version > sp->header.version &&
+            (!sp->blank || known.recent)) {
+            scan_walk_again(scan, b.page, b.version);
+        }
+        if (sp->used && sp->header.version == b.version) {
+            sp->proven = MAX(sp->proven, b.durable_end);
+        }
+    }
+}
+
+/* Does every record of @segment verify? */
+static bool scan_segment_verifies(Scan *scan, uint64_t page,
+                                  const ScanSegment *segment)
+{
+    for (uint32_t i = 0; i < segment->entries; i++) {
+        ScanEntry *e = &g_array_index(scan->entries, ScanEntry,
+                                      segment->first_entry + i);
+        const uint8_t *payload;
+        BaleRecord r;
+
+        if (bale_scan_record(
+                scan, page, e->address - page_address(scan->s, page),
+                e->payload_len + BALE_RECORD_HEADER_LEN, &r, &payload) < 0 ||
+            r.seq != e->seq || r.cluster != e->cluster || r.layer != e->layer ||
+            r.type != e->type) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Is @segment acceptable?  If it is damage, salvage and report it. */
+static bool scan_judge_segment(Scan *scan, uint64_t page,
+                               ScanSegment *segment)
+{
+    uint64_t proven = scan->page[page].proven;
+
+    if (segment->kind == SEGMENT_GOOD) {
+        return segment->offset + segment->len <= proven ||
+               BALE_PLANTED(tail_unverified) ||
+               scan_segment_verifies(scan, page, segment);
+    }
+    if (segment->offset >= proven || BALE_PLANTED(tail_over_damage)) {
+        return false;
+    }
+    bale_recover_report(scan->s,
+                        "page %" PRIu64 ": damaged segment at offset %" PRIu64
+                        " below the flush barrier at %" PRIu64,
+                        page, segment->offset, proven);
+    scan->searching = true;
+    if (segment->kind == SEGMENT_NO_DIRECTORY) {
+        scan_salvage_chain(scan, page, segment);
+    } else {
+        /* What lies above the barrier was never there. */
+        segment->len = MIN(segment->len, proven - segment->offset);
+        scan_salvage_area(scan, page, segment);
+    }
+    scan->searching = false;
+    return true;
+}
+
+/* Find where @page really ends; drop what lies behind. */
+static void scan_judge(Scan *scan, uint64_t page)
+{
+    ScanPage *sp = &scan->page[page];
+    bool torn = false;
+
+    for (guint i = 0; i < sp->segments->len && scan->ret == 0; i++) {
+        ScanSegment *segment = &g_array_index(sp->segments, ScanSegment, i);
+
+        torn = torn || !scan_judge_segment(scan, page, segment);
+        if (!torn) {
+            sp->end = segment->offset + segment->len;
+            continue;
+        }
+        if (segment->kind == SEGMENT_GOOD) {
+            scan->s->torn_bytes += segment->len;
+        }
+        for (uint32_t n = 0; n < segment->entries; n++) {
+            g_array_index(scan->entries, ScanEntry,
+                          segment->first_entry + n).dropped = true;
+        }
+    }
+}
+/* --- the scan --- */
+/* One part of the page table of the newest checkpoint. */
+static void scan_checkpoint_pages(Scan *scan, const BalePart *part)
+{
+    BaleStore *s = scan->s;
+    g_autofree uint8_t *payload = NULL;
+    BaleRecord r;
+
+    if (bale_recover_record(s, part->address, part->version,
+                            BALE_RECORD_HEADER_LEN + part->payload_len, &r,
+                            &payload) < 0 ||
+        r.type != BALE_RECORD_CHECKPOINT_PART ||
+        r.payload_len != part->payload_len) {
+        return;
+    }
+    for (uint64_t i = 0; i < part->b; i++) {
+        BalePageEntry e;
+        BaleBarrier b;
+
+        if (bale_page_entry_decode(&e, s->page_size,
+                                   payload + i * BALE_PAGE_ENTRY_LEN) == 0 &&
+            e.version) {
+            b = (BaleBarrier){ part->a + i, e.version, e.end };
+            scan_add_barrier(scan, &b, true);
+        }
+    }
+}
+
+/*
+ * The newest checkpoint is out of date, but what it says of pages was flushed:
+ * a page that it names is there, or marked as freed, or used anew.  Best
+ * effort: if it is damaged, barriers are all that is known.
+ */
+static void scan_checkpoint(Scan *scan)
+{
+    const BaleSuper *super = &scan->s->super;
+    g_autofree uint8_t *payload = NULL;
+    BaleBarrier b;
+    BaleRecord r;
+    BaleRoot root;
+
+    if (super->checkpoint_address < BALE_SUPER_SIZE ||
+        bale_recover_record(scan->s, super->checkpoint_address,
+                            super->checkpoint_version, super->checkpoint_length,
+                            &r, &payload) < 0 ||
+        r.type != BALE_RECORD_CHECKPOINT_ROOT ||
+        bale_root_decode(&root, payload, r.payload_len) < 0) {
+        return;
+    }
+    b.page = (super->checkpoint_address - BALE_SUPER_SIZE) /
+             scan->s->page_size;
+    b.version = super->checkpoint_version;
+    b.durable_end = MIN((uint64_t)super->checkpoint_end * BALE_BLOCK_SIZE,
+                        scan->s->page_size);
+    scan_add_barrier(scan, &b, true);
+    for (uint32_t i = 0; i < root.parts && scan->ret == 0; i++) {
+        BalePart part;
+
+        if (bale_part_decode(&part, payload + BALE_ROOT_FIXED_LEN +
+                                        i * BALE_PART_LEN) == 0 &&
+            part.kind == BALE_PART_PAGES) {
+            scan_checkpoint_pages(scan, &part);
+        }
+    }
+}
+
+/* Read the header of @page and walk it. */
+static void scan_page(Scan *scan, uint64_t page)
+{
+    BaleStore *s = scan->s;
+    ScanPage *sp = &scan->page[page];
+    const uint8_t *p = scan_read(scan, page, 0, 2 * BALE_BLOCK_SIZE);
+    const uint8_t *payload;
+    BaleRecord r;
+    int ret;
+
+    if (!p) {
+        return;
+    }
+    if (bale_memory_is_zero(p, 2 * BALE_BLOCK_SIZE)) {
+        sp->blank = true;
+        return;
+    }
+    sp->segments = g_array_new(FALSE, FALSE, sizeof(ScanSegment));
+    ret = bale_page_header_decode(&sp->header, s->identity, page, p);
+    if (ret == 0 && sp->header.freed) {
+        sp->freed = sp->header.version;
+        sp->header.version = 0;
+        return;
+    }
+    if (ret < 0) {
+        /* The first segment may still say which version this page has. */
+        sp->header_damaged = true;
+        sp->header = (BalePageHeader){
+            .page = page,
+            .version = bale_record_claimed_version(p + BALE_BLOCK_SIZE),
+        };
+        if (bale_scan_record(scan, page, BALE_BLOCK_SIZE, BALE_BLOCK_SIZE, &r,
+                             &payload) < 0 ||
+            r.type != BALE_RECORD_SEGMENT) {
+            /* Old contents of the device, unless a barrier names the page. */
+            sp->header.version = 0;
+            return;
+        }
+    }
+    sp->used = true;
+    scan_walk(scan, page);
+}
+
+static bool scan_run(Scan *scan)
+{
+    for (uint64_t i = 0; i < scan->pages && scan->ret == 0; i++) {
+        scan_page(scan, i);
+    }
+    if (scan->ret == 0) {
+        scan_checkpoint(scan);
+    }
+    scan_apply_barriers(scan);
+    for (uint64_t i = 0; i < scan->pages && scan->ret == 0; i++) {
+        ScanPage *sp = &scan->page[i];
+
+        if (sp->used && sp->header_damaged && sp->proven) {
+            bale_recover_report(scan->s, "page %" PRIu64 ": damaged header", i);
+        }
+        if (sp->used) {
+            scan_judge(scan, i);
+        }
+    }
+    return scan->ret == 0;
+}
+bool bale_recover_scan(BaleStore *s, GError **errp)
+{
+    Scan scan = { .s = s };
+    bool ok = false;
+
+    if (s->dev_info.size > BALE_SUPER_SIZE) {
+        scan.pages = (s->dev_info.size - BALE_SUPER_SIZE + s->page_size - 1) /
+                     s->page_size;
+    }
+    scan.page = g_try_new0(ScanPage, MAX(scan.pages, 1));
+    scan.buf_len = 2 * s->buffer_size;
+    scan.buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, scan.buf_len);
+    scan.entries = g_array_new(FALSE, FALSE, sizeof(ScanEntry));
+    scan.barriers = g_array_new(FALSE, FALSE, sizeof(ScanBarrier));
+    if (!scan.page || !scan.buf) {
+        bale_recover_set_error(errp, -ENOMEM, "scanning the store");
+        goto out;
+    }
+    if (!scan_run(&scan)) {
+        bale_recover_set_error(errp, scan.ret, "scanning the store");
+        goto out;
+    }
+    scan.ret = bale_scan_apply(&scan);
+    if (scan.ret < 0) {
+        bale_recover_set_error(errp, scan.ret, "scanning the store");
+        goto out;
+    }
+    if (!s->image) {
+        g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_CORRUPT,
+                    "no image record can be read in this store");
+        goto out;
+    }
+    if (scan.lost) {
+        /* Clusters that cannot be named: no read can be trusted to fail. */
+        s->corrupt = true;
+    }
+    ok = true;
+out:
+    for (uint64_t i = 0; scan.page && i < scan.pages; i++) {
+        if (scan.page[i].segments) {
+            g_array_free(scan.page[i].segments, TRUE);
+        }
+    }
+    g_free(scan.page);
+    bale_memory_free(scan.buf);
+    g_array_free(scan.entries, TRUE);
+    g_array_free(scan.barriers, TRUE);
+    return ok;
+}
