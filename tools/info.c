@@ -28,6 +28,8 @@ typedef struct Counter {
 #define STORE_COUNTER(name, field) { name, offsetof(BaleStoreStats, field) }
 
 static const Counter store_counters[] = {
+    STORE_COUNTER("mutable-clusters", mutable_clusters),
+    STORE_COUNTER("mutable-bytes", mutable_bytes),
     STORE_COUNTER("tail-bytes", tail_bytes),
     STORE_COUNTER("sealed-bytes", sealed_bytes),
     STORE_COUNTER("stable-bytes", stable_bytes),
@@ -38,12 +40,16 @@ static const Counter store_counters[] = {
     STORE_COUNTER("pages-freeing", pages_freeing),
     STORE_COUNTER("live-bytes", live_bytes),
     STORE_COUNTER("used-bytes", used_bytes),
+    STORE_COUNTER("dead-bytes", dead_bytes),
+    STORE_COUNTER("overhead-bytes", overhead_bytes),
     STORE_COUNTER("records-appended", records_appended),
     STORE_COUNTER("zero-records", zero_records),
     STORE_COUNTER("logical-bytes", logical_bytes),
     STORE_COUNTER("stored-bytes", stored_bytes),
     STORE_COUNTER("segments", segments),
+    STORE_COUNTER("segment-bytes", segment_bytes),
     STORE_COUNTER("padding-bytes", padding_bytes),
+    STORE_COUNTER("write-amplification-permille", write_amplification_permille),
     STORE_COUNTER("flushes", flushes),
     STORE_COUNTER("device-flushes", device_flushes),
     STORE_COUNTER("reads", reads),
@@ -53,18 +59,59 @@ static const Counter store_counters[] = {
     STORE_COUNTER("zeroes", zeroes),
     STORE_COUNTER("zero-bytes", zero_bytes),
     STORE_COUNTER("read-modify-writes", read_modify_writes),
-    STORE_COUNTER("cache-hits", cache_hits),
-    STORE_COUNTER("cache-misses", cache_misses),
-    STORE_COUNTER("readahead", readahead),
     STORE_COUNTER("memory-hits", memory_hits),
     STORE_COUNTER("incompressible", incompressible),
     STORE_COUNTER("checksum-errors", checksum_errors),
+    STORE_COUNTER("cache-hits", cache_hits),
+    STORE_COUNTER("cache-misses", cache_misses),
+    STORE_COUNTER("cache-admissions", cache_admissions),
+    STORE_COUNTER("cache-rejections", cache_rejections),
+    STORE_COUNTER("cache-entries", cache_entries),
+    STORE_COUNTER("cache-bytes", cache_bytes),
+    STORE_COUNTER("cache-max-bytes", cache_max_bytes),
+    STORE_COUNTER("readahead", readahead),
+    STORE_COUNTER("readahead-bytes", readahead_bytes),
+    STORE_COUNTER("readahead-hits", readahead_hits),
     STORE_COUNTER("checkpoints", checkpoints),
     STORE_COUNTER("checkpoint-bytes", checkpoint_bytes),
+    STORE_COUNTER("compacted-pages", compacted_pages),
+    STORE_COUNTER("compacted-records", compacted_records),
+    STORE_COUNTER("compacted-bytes", compacted_bytes),
+    STORE_COUNTER("compact-examined-bytes", compact_examined_bytes),
     STORE_COUNTER("index-entries", index_entries),
     STORE_COUNTER("index-bytes", index_bytes),
+    STORE_COUNTER("index-peak-bytes", index_peak_bytes),
+    STORE_COUNTER("index-buckets", index_buckets),
+    STORE_COUNTER("index-overflow-buckets", index_overflow_buckets),
+    STORE_COUNTER("index-load-permille", index_load_permille),
+    STORE_COUNTER("index-growing", index_growing),
+    STORE_COUNTER("index-growths", index_growths),
+    STORE_COUNTER("index-rebuilds", index_rebuilds),
+    STORE_COUNTER("index-shrinks", index_shrinks),
+    STORE_COUNTER("index-waits", index_waits),
+    STORE_COUNTER("epoch", epoch),
+    STORE_COUNTER("epoch-pending", epoch_pending),
+    STORE_COUNTER("epoch-readers", epoch_readers),
+    STORE_COUNTER("epoch-executed", epoch_executed),
+    STORE_COUNTER("reads-in-flight", reads_in_flight),
+    STORE_COUNTER("writes-in-flight", writes_in_flight),
+    STORE_COUNTER("workers", workers),
+    STORE_COUNTER("workers-running", workers_running),
+    STORE_COUNTER("workers-queued", workers_queued),
     STORE_COUNTER("write-buffers", write_buffers),
+    STORE_COUNTER("write-buffers-in-flight", write_buffers_in_flight),
     STORE_COUNTER("write-buffers-waits", write_buffers_waits),
+};
+
+#define LATENCY_COUNTER(field) { #field, offsetof(BaleLatency, field) }
+
+static const Counter latency_counters[] = {
+    LATENCY_COUNTER(count), LATENCY_COUNTER(mean), LATENCY_COUNTER(p50),
+    LATENCY_COUNTER(p95),   LATENCY_COUNTER(p99),  LATENCY_COUNTER(max),
+};
+
+static const char *const bucket_names[BALE_STATS_BUCKETS] = {
+    "data", "metadata", "compacted"
 };
 
 #define DEVICE_COUNTER(name, field) { name, offsetof(BaleDeviceStats, field) }
@@ -124,6 +171,54 @@ static void json_histogram(JsonBuilder *b, const char *name,
     json_builder_end_array(b);
 }
 
+static void json_region(JsonBuilder *b, const char *name, uint64_t begin,
+                        uint64_t end)
+{
+    json_builder_set_member_name(b, name);
+    json_builder_begin_object(b);
+    bale_tool_json_uint(b, "begin", begin);
+    bale_tool_json_uint(b, "end", end);
+    json_builder_end_object(b);
+}
+
+/* Positions in the log; the mutable region has none, only a length. */
+static void json_regions(JsonBuilder *b, const BaleStoreStats *s)
+{
+    json_builder_set_member_name(b, "regions");
+    json_builder_begin_object(b);
+    json_region(b, "mutable", s->tail_bytes,
+                s->tail_bytes + s->mutable_bytes);
+    json_region(b, "read-only", s->stable_bytes, s->tail_bytes);
+    json_region(b, "stable", s->durable_bytes, s->stable_bytes);
+    json_region(b, "durable", 0, s->durable_bytes);
+    json_builder_end_object(b);
+}
+
+static void json_buckets(JsonBuilder *b, const BaleStoreStats *s)
+{
+    json_builder_set_member_name(b, "buckets");
+    json_builder_begin_object(b);
+    for (int i = 0; i < BALE_STATS_BUCKETS; i++) {
+        json_builder_set_member_name(b, bucket_names[i]);
+        json_builder_begin_object(b);
+        bale_tool_json_uint(b, "pages", s->buckets[i].pages);
+        bale_tool_json_uint(b, "live-bytes", s->buckets[i].live_bytes);
+        bale_tool_json_uint(b, "dead-bytes", s->buckets[i].dead_bytes);
+        json_builder_end_object(b);
+    }
+    json_builder_end_object(b);
+}
+
+static void json_latency(JsonBuilder *b, const char *name,
+                         const BaleLatency *latency)
+{
+    json_builder_set_member_name(b, name);
+    json_builder_begin_object(b);
+    json_counters(b, latency_counters, G_N_ELEMENTS(latency_counters),
+                  latency);
+    json_builder_end_object(b);
+}
+
 static void json_stats(JsonBuilder *b, const Info *info)
 {
     const BaleStoreStats *s = &info->stats;
@@ -132,6 +227,11 @@ static void json_stats(JsonBuilder *b, const Info *info)
     json_builder_set_member_name(b, "stats");
     json_builder_begin_object(b);
     json_counters(b, store_counters, G_N_ELEMENTS(store_counters), s);
+    json_regions(b, s);
+    json_buckets(b, s);
+    json_latency(b, "read-latency-ns", &s->read_latency);
+    json_latency(b, "write-latency-ns", &s->write_latency);
+    json_latency(b, "flush-latency-ns", &s->flush_latency);
     json_histogram(b, "read-ns", s->read_ns, BALE_HIST_BUCKETS);
     json_histogram(b, "write-ns", s->write_ns, BALE_HIST_BUCKETS);
     json_histogram(b, "flush-ns", s->flush_ns, BALE_HIST_BUCKETS);
@@ -240,9 +340,46 @@ static void print_counters(const char *title, const Counter *counters,
 {
     printf("%s\n", title);
     for (size_t i = 0; i < n; i++) {
-        printf("  %-20s %" G_GUINT64_FORMAT "\n", counters[i].name,
+        printf("  %-28s %" G_GUINT64_FORMAT "\n", counters[i].name,
                counter_value(&counters[i], stats));
     }
+}
+
+static void print_region(const char *name, uint64_t begin, uint64_t end)
+{
+    printf("  %-28s from %" G_GUINT64_FORMAT " to %" G_GUINT64_FORMAT "\n",
+           name, begin, end);
+}
+
+static void print_latency(const char *name, const BaleLatency *l)
+{
+    printf("  %-28s %" G_GUINT64_FORMAT " of them, p50 %.3f ms, p95 %.3f ms, "
+           "p99 %.3f ms, max %.3f ms\n", name, l->count, l->p50 / 1e6,
+           l->p95 / 1e6, l->p99 / 1e6, l->max / 1e6);
+}
+
+static void print_stats(const BaleStoreStats *s)
+{
+    printf("regions:\n");
+    print_region("mutable", s->tail_bytes, s->tail_bytes + s->mutable_bytes);
+    print_region("read-only", s->stable_bytes, s->tail_bytes);
+    print_region("stable", s->durable_bytes, s->stable_bytes);
+    print_region("durable", 0, s->durable_bytes);
+    printf("pages:\n");
+    for (int i = 0; i < BALE_STATS_BUCKETS; i++) {
+        printf("  %-28s %" G_GUINT64_FORMAT " pages, %" G_GUINT64_FORMAT
+               " bytes live, %" G_GUINT64_FORMAT " dead\n", bucket_names[i],
+               s->buckets[i].pages, s->buckets[i].live_bytes,
+               s->buckets[i].dead_bytes);
+    }
+    print_counters("statistics:", store_counters,
+                   G_N_ELEMENTS(store_counters), s);
+    print_latency("reads", &s->read_latency);
+    print_latency("writes", &s->write_latency);
+    print_latency("flushes", &s->flush_latency);
+    print_histogram("reads", s->read_ns, BALE_HIST_BUCKETS);
+    print_histogram("writes", s->write_ns, BALE_HIST_BUCKETS);
+    print_histogram("flushes", s->flush_ns, BALE_HIST_BUCKETS);
 }
 
 static void print_text(const Info *info)
@@ -271,11 +408,7 @@ static void print_text(const Info *info)
     }
     print_image(&info->image);
     if (info->with_stats) {
-        print_counters("statistics:", store_counters,
-                       G_N_ELEMENTS(store_counters), &info->stats);
-        print_histogram("reads", info->stats.read_ns, BALE_HIST_BUCKETS);
-        print_histogram("writes", info->stats.write_ns, BALE_HIST_BUCKETS);
-        print_histogram("flushes", info->stats.flush_ns, BALE_HIST_BUCKETS);
+        print_stats(&info->stats);
         print_counters("device statistics:", device_counters,
                        G_N_ELEMENTS(device_counters), &info->device_stats);
         print_histogram("gets", info->device_stats.get_ns,

@@ -11,7 +11,9 @@
  *
  * Invariants:
  *
- *  1. durable_id <= stable id <= sealed_id, and none of them ever shrinks.
+ *  1. durable_id <= stable id <= sealed_id, and none of them ever shrinks;
+ *     so the regions of the log end in this order: durable_end <= stable_end
+ *     <= sealed_end <= tail (bale_log_assert_regions).
  *  2. A buffer is written to the device exactly once, after it was sealed and
  *     when nobody copies into it any more; a block that was submitted is never
  *     written again.
@@ -52,6 +54,7 @@ typedef struct UnprovenEnd {
     uint64_t page;
     uint64_t version;
     uint64_t end;
+    uint64_t log_end; /* stable_end with this segment */
 } UnprovenEnd;
 
 struct BaleFlushWaiter {
@@ -76,6 +79,13 @@ static uint64_t segment_len(uint64_t used, uint64_t records)
                       BALE_RECORD_ALIGN);
 
     return bale_align_up(used + directory, BALE_BLOCK_SIZE);
+}
+
+/* Bytes of a sealed segment that hold nothing. */
+static uint64_t segment_padding(BaleWriteBuffer *wb)
+{
+    return wb->len - wb->used - BALE_RECORD_HEADER_LEN -
+           (uint64_t)wb->directory->len * BALE_DIRECTORY_ENTRY_LEN;
 }
 
 static bool buffer_fits(BaleWriteBuffer *wb, uint32_t size)
@@ -261,7 +271,10 @@ static void buffer_seal(BaleStore *s, BaleBucket bucket,
     g_assert(p->end <= s->page_size);
     p->overhead += wb->len - wb->used;
     s->stats.segments++;
-    s->stats.sealed_bytes += wb->len;
+    s->stats.segment_bytes += wb->len;
+    s->stats.padding_bytes += segment_padding(wb);
+    s->sealed_end += wb->len;
+    bale_log_assert_regions(s);
     if (wb->writers == 0) {
         submit_push(submit, wb);
     }
@@ -285,6 +298,27 @@ static uint64_t log_stable_id(BaleStore *s)
     BaleWriteBuffer *oldest = g_queue_peek_head(&s->in_flight);
 
     return oldest ? oldest->id - 1 : s->sealed_id;
+}
+
+uint64_t bale_log_tail(BaleStore *s)
+{
+    uint64_t tail = s->sealed_end;
+
+    for (int b = 0; b < BALE_BUCKETS; b++) {
+        if (s->open[b]) {
+            tail += s->open[b]->used;
+        }
+    }
+    return tail;
+}
+
+void bale_log_assert_regions(BaleStore *s)
+{
+    g_assert(s->durable_id <= log_stable_id(s));
+    g_assert(log_stable_id(s) <= s->sealed_id);
+    g_assert(s->durable_end <= s->stable_end);
+    g_assert(s->stable_end <= s->sealed_end);
+    g_assert(s->sealed_end <= bale_log_tail(s));
 }
 
 /* Is it time for a device flush?  Then the caller must issue it. */
@@ -382,7 +416,6 @@ static void log_stored(BaleDeviceIo *io, int ret)
         bale_store_poison(s, ret, "writing a segment");
         return;
     }
-    s->stats.stable_bytes += wb->len;
     p = bale_page(s, wb->page);
     p->in_flight--;
     bale_page_consider(s, wb->page);
@@ -392,8 +425,9 @@ static void log_stored(BaleDeviceIo *io, int ret)
     while ((wb = g_queue_peek_head(&s->in_flight)) && wb->stable) {
         UnprovenEnd *u = g_new(UnprovenEnd, 1);
 
+        s->stable_end += wb->len;
         *u = (UnprovenEnd){ wb->id, wb->page, wb->version,
-                            wb->offset + wb->len };
+                            wb->offset + wb->len, s->stable_end };
         g_queue_push_tail(&s->unproven, u);
         g_queue_pop_head(&s->in_flight);
         wb->id = 0;
@@ -415,6 +449,7 @@ static void log_prove(BaleStore *s)
     while ((u = g_queue_peek_head(&s->unproven)) && u->id <= s->durable_id) {
         BalePage *p = bale_page(s, u->page);
 
+        s->durable_end = u->log_end;
         if (p->version == u->version && u->end > p->proven) {
             p->proven = u->end;
             if (!p->barrier_pending) {
@@ -445,8 +480,8 @@ static void log_flushed(BaleDeviceIo *io, int ret)
     s->flushing = false;
     s->durable_id = s->flushing_id;
     s->flushed_request = s->flushing_request;
-    s->stats.durable_bytes = s->stats.stable_bytes;
     log_prove(s);
+    bale_log_assert_regions(s);
     bale_page_flushed(s);
     while (s->flush_waiters && s->flush_waiters->request <=
                                    s->flushed_request) {
@@ -589,7 +624,6 @@ int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
     entry.offset = wb->offset + at;
     g_array_append_val(wb->directory, entry);
     s->stats.records_appended++;
-    s->stats.tail_bytes += size;
     pthread_mutex_unlock(&s->log_lock);
 
     *address = page_address(s, wb->page) + entry.offset;

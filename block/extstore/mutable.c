@@ -97,6 +97,18 @@ void bale_mutable_free(BaleMutable *m)
     }
 }
 
+void bale_mutable_count(BaleMutable *m, uint64_t *clusters, uint64_t *bytes)
+{
+    BaleSeqcacheStats stats;
+
+    pthread_mutex_lock(&m->lock);
+    bale_seqcache_get_stats(m->cache, &stats);
+    pthread_mutex_unlock(&m->lock);
+    *clusters += stats.open_clusters + stats.finished_clusters +
+                 stats.failed_clusters + stats.out_clusters;
+    *bytes += stats.dirty_bytes + stats.out_bytes;
+}
+
 /* --- write-out --- */
 
 /* Wake who waits for room or for a cluster.  Under the lock. */

@@ -288,8 +288,10 @@ static void request_complete(BaleRequest *req, int ret)
 
     if (req->kind == REQUEST_READ) {
         bale_histogram_add(&s->read_hist, ns);
+        __atomic_fetch_sub(&s->reads_in_flight, 1, __ATOMIC_RELAXED);
     } else if (req->kind == REQUEST_WRITE || req->kind == REQUEST_ZERO) {
         bale_histogram_add(&s->write_hist, ns);
+        __atomic_fetch_sub(&s->writes_in_flight, 1, __ATOMIC_RELAXED);
     }
     if (req->done) {
         req->done(req->opaque, ret);
@@ -371,6 +373,11 @@ static BaleRequest *request_new(BaleImage *image, RequestKind kind,
         req->opaque = opaque;
         req->pending = 1;
         req->start_ns = bale_now_ns();
+        if (kind == REQUEST_READ) {
+            stat_add(&image->store->reads_in_flight, 1);
+        } else if (kind == REQUEST_WRITE || kind == REQUEST_ZERO) {
+            stat_add(&image->store->writes_in_flight, 1);
+        }
         req->first = offset >> image->store->cluster_bits;
         req->last = len ? (offset + len - 1) >> image->store->cluster_bits
                         : req->first;
@@ -837,6 +844,7 @@ static void image_readahead(BaleImage *image, uint64_t offset, uint64_t len)
         return;
     }
     stat_add(&s->stats.readahead, 1);
+    stat_add(&s->stats.readahead_bytes, to - from);
     pthread_mutex_lock(&s->log_lock);
     s->background++;
     pthread_mutex_unlock(&s->log_lock);

@@ -11,6 +11,7 @@
  *     recover*.c    reads a checkpoint, or rebuilds the state by a scan
  *     checkpoint.c  writes a checkpoint and superblocks
  *     store.c       create, open, close
+ *     stats.c       what it tells about itself in numbers
  *     compact.c     moves what is live out of fragmented pages
  *     maintain.c    the thread that compacts and gives pages back
  *     check.c       check and repair
@@ -195,6 +196,8 @@ struct BaleStore {
     GQueue in_flight;        /* sealed buffers in order of id, until stable */
     GQueue unproven;         /* UnprovenEnd: stable, not yet flushed */
     uint64_t durable_id;     /* everything up to this id was flushed */
+    /* Bytes of the log up to sealed_id, the newest stable id, durable_id. */
+    uint64_t sealed_end, stable_end, durable_end;
     bool flushing;
     uint64_t flushing_id, flushing_request;
     uint64_t flush_request;  /* number of the newest flush request */
@@ -215,6 +218,8 @@ struct BaleStore {
     bool space_wanted;       /* compact what would otherwise be let be */
     uint64_t space_rounds;
 
+    uint64_t reads_in_flight;  /* atomic: requests of callers */
+    uint64_t writes_in_flight; /* atomic */
     BaleStoreStats stats;    /* atomic, but for those under log_lock */
     BaleHistogram read_hist, write_hist, flush_hist;
 };
@@ -298,6 +303,10 @@ void bale_compact_background(BaleStore *s);
 
 /* log.c */
 void bale_log_init(BaleStore *s);
+/* Under log_lock: the end of the last record that was given a place. */
+uint64_t bale_log_tail(BaleStore *s);
+/* Under log_lock: the boundaries of the regions are in order. */
+void bale_log_assert_regions(BaleStore *s);
 void bale_log_destroy(BaleStore *s);
 /*
  * Append one record.  @r: type, codec, layer, count, cluster, payload_len and
@@ -391,6 +400,8 @@ typedef struct BaleMutableRun {
 
 BaleMutable *bale_mutable_new(BaleImage *image);
 void bale_mutable_free(BaleMutable *m);
+/* Adds what is cached, in write-out or not, to *@clusters and *@bytes. */
+void bale_mutable_count(BaleMutable *m, uint64_t *clusters, uint64_t *bytes);
 /*
  * Take @len bytes that begin @at bytes into @iov (NULL: zeroes), less the
  * *@done that were taken before.  They lie in one cluster.  -EAGAIN: full;

@@ -181,25 +181,84 @@ void bale_store_get_info(BaleStore *store, BaleStoreInfo *info);
 
 #define BALE_HIST_BUCKETS 40
 
+/* Latencies of one kind of request, nanoseconds. */
+typedef struct BaleLatency {
+    uint64_t count, sum, mean, p50, p95, p99, max;
+} BaleLatency;
+
+/* The pages of one bucket (fresh data, metadata, copies of compaction). */
+typedef struct BaleBucketStats {
+    uint64_t pages, live_bytes, dead_bytes;
+} BaleBucketStats;
+
+#define BALE_STATS_BUCKETS 3
+
+/*
+ * All members are uint64_t.  "Now" marks what bale_store_reset_stats() does
+ * not touch; the others count from the open or the last reset.
+ */
 typedef struct BaleStoreStats {
-    /* log regions, bytes appended since the open: tail >= sealed >= durable */
+    /*
+     * The regions, now.  What is in the mutable region (mutable_bytes of it)
+     * has no place in the log yet.  The others are positions in the log, bytes
+     * since the open, that never go back:
+     *
+     *     durable_bytes <= stable_bytes <= sealed_bytes <= tail_bytes
+     *
+     * From stable_bytes to tail_bytes is the read-only region: in write
+     * buffers, which take more records from sealed_bytes on.  From
+     * durable_bytes to stable_bytes is the stable region: on the device, but
+     * not flushed.  The durable region is what lies below.
+     */
     uint64_t tail_bytes, sealed_bytes, stable_bytes, durable_bytes;
+    uint64_t mutable_clusters, mutable_bytes; /* now */
+
+    /* Pages, now; dead bytes are what is in use and not live. */
     uint64_t pages_free, pages_active, pages_sealed, pages_freeing;
-    uint64_t live_bytes, used_bytes;   /* live records; allocated pages */
+    uint64_t live_bytes, used_bytes, dead_bytes;
+    uint64_t overhead_bytes;           /* part of the dead ones that compaction
+                                        * would not get rid of */
+    BaleBucketStats buckets[BALE_STATS_BUCKETS];
+
     uint64_t records_appended, zero_records;
     uint64_t logical_bytes;            /* guest bytes compressed */
     uint64_t stored_bytes;             /* record bytes appended for them */
-    uint64_t segments, padding_bytes, flushes, device_flushes;
+    uint64_t segments, segment_bytes, padding_bytes;
+    uint64_t flushes, device_flushes;
+    uint64_t write_amplification_permille; /* segment_bytes, with padding,
+                                        * directories, checkpoints and copies,
+                                        * per 1000 stored_bytes */
     uint64_t reads, read_bytes, writes, write_bytes, zeroes, zero_bytes;
-    uint64_t read_modify_writes, cache_hits, cache_misses, readahead;
-    uint64_t memory_hits;              /* reads served from write buffers */
+    uint64_t read_modify_writes, memory_hits; /* hits: in write buffers */
     uint64_t incompressible;           /* clusters stored as they are */
     uint64_t checksum_errors;
+
+    /* The cluster cache; a miss is a demand read that found nothing. */
+    uint64_t cache_hits, cache_misses;
+    uint64_t cache_admissions, cache_rejections; /* to what is kept longer */
+    uint64_t cache_entries, cache_bytes, cache_max_bytes; /* now */
+    uint64_t readahead, readahead_bytes; /* requests; their length */
+    uint64_t readahead_hits;           /* clusters that were then read */
+
     uint64_t checkpoints, checkpoint_bytes;
     uint64_t compacted_pages, compacted_records, compacted_bytes;
     uint64_t compact_examined_bytes;
-    uint64_t index_entries, index_bytes;
-    uint64_t write_buffers, write_buffers_waits;
+
+    /* The index, now; its load is keys per slot of the primary buckets. */
+    uint64_t index_entries, index_bytes, index_peak_bytes;
+    uint64_t index_buckets, index_overflow_buckets, index_load_permille;
+    uint64_t index_growing;            /* tables being replaced: 0 or 1 */
+    uint64_t index_growths, index_rebuilds, index_shrinks, index_waits;
+    /* Epochs, now. */
+    uint64_t epoch, epoch_pending, epoch_readers, epoch_executed;
+
+    /* Queues, now. */
+    uint64_t reads_in_flight, writes_in_flight; /* requests of callers */
+    uint64_t workers, workers_running, workers_queued;
+    uint64_t write_buffers, write_buffers_in_flight;
+    uint64_t write_buffers_waits;      /* appends that found none; counts */
+
+    BaleLatency read_latency, write_latency, flush_latency;
     uint64_t read_ns[BALE_HIST_BUCKETS], write_ns[BALE_HIST_BUCKETS];
     uint64_t flush_ns[BALE_HIST_BUCKETS];  /* bucket i: below 2^(i+1) ns */
 } BaleStoreStats;
