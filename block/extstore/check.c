@@ -98,7 +98,7 @@ static void check_window(Check *c, BaleImage *image, uint64_t begin,
 
         if (ret < 0) {
             uint64_t cluster = pos >> s->cluster_bits;
-            uint64_t value = bale_index_find(image->index, cluster);
+            uint64_t value = bale_image_find(image, cluster);
             uint64_t address = bale_value_address(value) - BALE_SUPER_SIZE;
 
             c->result->damaged++;
@@ -125,8 +125,8 @@ static bool check_clusters(Check *c, BaleImage *image, GError **errp)
                     "no memory for a check");
         return false;
     }
-    c->result->clusters_total =
-        bale_image_clusters(&image->record, s->cluster_size);
+    c->result->clusters_total +=
+        bale_size_clusters(size, s->cluster_size);
     while (pos < size && !c->stopped) {
         BaleClusterStatus status;
         uint64_t run, end;
@@ -182,10 +182,12 @@ static bool check_count(uint64_t cluster, uint64_t value, void *opaque)
 }
 
 /* Compare the pages' live bytes with the index.  No write can come between. */
-static bool check_counters(Check *c, BaleImage *image, GError **errp)
+static bool check_counters(Check *c, GError **errp)
 {
     BaleStore *s = c->s;
     CheckCount count = { .s = s };
+    GHashTableIter iter;
+    void *layer;
     uint64_t n;
 
     pthread_rwlock_wrlock(&s->session_lock);
@@ -197,7 +199,10 @@ static bool check_counters(Check *c, BaleImage *image, GError **errp)
                     "no memory for a check");
         return false;
     }
-    bale_index_foreach(image->index, check_count, &count);
+    g_hash_table_iter_init(&iter, s->layers);
+    while (g_hash_table_iter_next(&iter, NULL, &layer)) {
+        bale_index_foreach(((BaleLayer *)layer)->index, check_count, &count);
+    }
     pthread_mutex_lock(&s->log_lock);
     c->result->end_offset = BALE_SUPER_SIZE;
     for (uint64_t i = 0; i < n; i++) {
@@ -274,13 +279,13 @@ static void check_free_leaks(Check *c)
 {
     BaleStore *s = c->s;
 
-    if (!c->result->leaked_pages || bale_image_write_begin(s->image) < 0) {
+    if (!c->result->leaked_pages || bale_store_write_begin(s) < 0) {
         return;
     }
     pthread_mutex_lock(&s->log_lock);
     bale_page_consider_all(s);
     pthread_mutex_unlock(&s->log_lock);
-    bale_image_write_end(s->image);
+    bale_store_write_end(s);
     c->result->fixed += c->result->leaked_pages;
 }
 
@@ -303,11 +308,16 @@ bool bale_store_check(BaleStore *s, unsigned flags, BaleCheckReport *report,
     if (flags & BALE_CHECK_FIX_ALL) {
         check_repair(&c);
     }
-    if (!check_counters(&c, s->image, errp)) {
+    if (!check_counters(&c, errp)) {
         return false;
     }
     if (flags & (BALE_CHECK_FIX_LEAKS | BALE_CHECK_FIX_ALL)) {
         check_free_leaks(&c);
     }
-    return check_clusters(&c, s->image, errp);
+    for (guint i = 0; i < s->images->len; i++) {
+        if (!check_clusters(&c, g_ptr_array_index(s->images, i), errp)) {
+            return false;
+        }
+    }
+    return true;
 }

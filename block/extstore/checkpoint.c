@@ -235,29 +235,28 @@ static int writer_append(CheckpointWriter *w, BaleRecordType type,
     return 0;
 }
 
-/* The index of @image, chunk by chunk; chunks without entries are left out. */
-static int writer_index(CheckpointWriter *w, BaleImage *image)
+/* The index of @layer, chunk by chunk; chunks without entries are left out. */
+static int writer_index(CheckpointWriter *w, BaleLayer *layer)
 {
     g_autofree uint8_t *chunk = g_try_malloc(BALE_CHUNK_CLUSTERS * 8);
-    uint64_t clusters =
-        bale_image_clusters(&image->record, w->s->cluster_size);
+    uint64_t clusters = bale_layer_clusters(layer);
 
     if (!chunk) {
         return -ENOMEM;
     }
-    for (uint64_t c = 0; c < image->chunks; c++) {
+    for (uint64_t c = 0; c < layer->chunks; c++) {
         uint64_t first = c * BALE_CHUNK_CLUSTERS;
         uint32_t n = MIN(clusters - first, BALE_CHUNK_CLUSTERS);
         BalePart part = { .kind = BALE_PART_INDEX,
-                          .a = image->record.layer, .b = first };
+                          .a = layer->id, .b = first };
         int ret;
 
-        if (!__atomic_load_n(&image->chunk_entries[c], __ATOMIC_RELAXED)) {
+        if (!__atomic_load_n(&layer->chunk_entries[c], __ATOMIC_RELAXED)) {
             continue;
         }
         for (uint32_t i = 0; i < n; i++) {
             bale_put_le64(chunk + i * 8,
-                          bale_index_find(image->index, first + i));
+                          bale_index_find(layer->index, first + i));
         }
         while (n > 0 && bale_get_le64(chunk + (n - 1) * 8) == 0) {
             n--;
@@ -273,6 +272,19 @@ static int writer_index(CheckpointWriter *w, BaleImage *image)
         }
     }
     return 0;
+}
+
+static int writer_layers(CheckpointWriter *w)
+{
+    GHashTableIter iter;
+    void *layer;
+    int ret = 0;
+
+    g_hash_table_iter_init(&iter, w->s->layers);
+    while (ret == 0 && g_hash_table_iter_next(&iter, NULL, &layer)) {
+        ret = writer_index(w, layer);
+    }
+    return ret;
 }
 
 /* A page whose header is marked already is as good as free. */
@@ -453,6 +465,7 @@ static void checkpoint_forget(BaleStore *s, GArray *records)
 bool bale_checkpoint_write(BaleStore *s, GError **errp)
 {
     CheckpointWriter w = { .s = s };
+    BaleImage *image = g_ptr_array_index(s->images, 0);
     BaleImageRecord record;
     BalePart part = { .kind = BALE_PART_IMAGE }, root = { .kind = 0 };
     uint64_t page, offset;
@@ -464,21 +477,21 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
 
     ret = checkpoint_settle(s);
     if (ret == 0) {
-        ret = writer_index(&w, s->image);
+        ret = writer_layers(&w);
     }
     if (ret == 0) {
         /* Written anew each time, so that it pins no page for ever. */
-        record = s->image->record;
-        ret = bale_image_record_append(s->image, &record, false);
+        record = image->record;
+        ret = bale_image_record_append(image, &record, false);
     }
     if (ret == 0) {
         /* And twice, in two blocks: without it nothing can be opened. */
         bale_log_seal(s, BALE_BUCKET_META);
-        ret = bale_image_record_append(s->image, &record, false);
+        ret = bale_image_record_append(image, &record, false);
     }
     if (ret == 0) {
         bale_log_seal(s, BALE_BUCKET_META);
-        part.address = s->image->record_address;
+        part.address = image->record_address;
         part.a = record.id;
         pthread_mutex_lock(&s->log_lock);
         bale_address_split(s, part.address, &page, &offset);

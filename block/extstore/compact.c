@@ -110,59 +110,46 @@ static uint64_t compact_order(BaleStore *s)
 
 /* --- copying --- */
 
-/* Copy a live data record whose bytes are at @p. */
-static int compact_data(Compact *c, const BaleRecord *old, uint64_t address,
-                        const uint8_t *payload)
+/* Copy a live data record.  In a session, as the next one. */
+static int compact_data(Compact *c, BaleLayer *layer, const BaleRecord *old,
+                        uint64_t address, const uint8_t *payload)
 {
     BaleStore *s = c->s;
-    BaleImage *image = s->image;
     unsigned size_class = bale_size_class(old->payload_len, s->cluster_size);
     uint64_t value = bale_value(address, size_class), copy;
     BaleRecord r = *old;
     int ret;
 
-    ret = bale_image_write_begin(image);
-    if (ret < 0) {
-        return ret;
-    }
-    if (bale_image_find(image, old->cluster) != value) {
-        bale_image_write_end(image);
+    if (bale_layer_find(layer, old->cluster) != value) {
         return 0;
     }
     ret = bale_log_append(s, BALE_BUCKET_COMPACTED, &r, payload,
                           bale_value_live(value, s->cluster_size), &copy);
     if (ret == 0) {
-        bale_image_index_move(image, old->cluster, value,
+        bale_layer_index_move(layer, old->cluster, value,
                               bale_value(copy, size_class));
         stat_add(&s->stats.compacted_records, 1);
         stat_add(&s->stats.compacted_bytes, bale_record_size(old));
     }
-    bale_image_write_end(image);
     return ret;
 }
 
 /* Copy a zero or drop record as far as it is still needed. */
-static int compact_tombstone(Compact *c, const BaleRecord *old,
-                             uint64_t address)
+static int compact_tombstone(Compact *c, BaleLayer *layer,
+                             const BaleRecord *old, uint64_t address)
 {
     BaleStore *s = c->s;
-    BaleImage *image = s->image;
     uint64_t value = bale_value(address, 0), copy, pointing = 0;
-    uint64_t clusters = (bale_image_size(image) + s->cluster_size - 1) >>
-                        s->cluster_bits;
-    uint64_t end = MIN(old->cluster + old->count, clusters);
+    uint64_t end = old->cluster + old->count;
     uint64_t live = bale_value_live(value, s->cluster_size);
     BaleRecord r = *old;
     bool older = false;
-    int ret;
+    int ret = 0;
 
-    ret = bale_image_write_begin(image);
-    if (ret < 0) {
-        return ret;
-    }
+    end = MIN(end, bale_layer_clusters(layer));
     if (old->type == BALE_RECORD_ZERO) {
         for (uint64_t n = old->cluster; n < end; n++) {
-            pointing += bale_image_find(image, n) == value;
+            pointing += bale_layer_find(layer, n) == value;
         }
     }
     if (old->type == BALE_RECORD_DROP) {
@@ -175,8 +162,8 @@ static int compact_tombstone(Compact *c, const BaleRecord *old,
                               pointing * live, &copy);
         for (uint64_t n = old->cluster; ret == 0 && pointing && n < end;
              n++) {
-            if (bale_image_find(image, n) == value) {
-                bale_image_index_move(image, n, value, bale_value(copy, 0));
+            if (bale_layer_find(layer, n) == value) {
+                bale_layer_index_move(layer, n, value, bale_value(copy, 0));
                 pointing--;
             }
         }
@@ -187,7 +174,27 @@ static int compact_tombstone(Compact *c, const BaleRecord *old,
             pthread_mutex_unlock(&s->log_lock);
         }
     }
-    bale_image_write_end(image);
+    return ret;
+}
+
+/* Copy a record of a layer, if that is still there. */
+static int compact_live(Compact *c, const BaleRecord *old, uint64_t address,
+                        const uint8_t *payload)
+{
+    BaleStore *s = c->s;
+    BaleLayer *layer;
+    int ret = bale_store_write_begin(s);
+
+    if (ret < 0) {
+        return ret;
+    }
+    layer = bale_layer_get(s, old->layer);
+    if (layer && old->type == BALE_RECORD_DATA) {
+        ret = compact_data(c, layer, old, address, payload);
+    } else if (layer) {
+        ret = compact_tombstone(c, layer, old, address);
+    }
+    bale_store_write_end(s);
     return ret;
 }
 
@@ -266,12 +273,9 @@ static int compact_segment(Compact *c, uint64_t offset, uint64_t *next)
             c->stuck = true;
             return -EIO;
         }
-        if (r.layer != s->image->layer) {
-            ret = 0;
-        } else if (r.type == BALE_RECORD_DATA) {
-            ret = compact_data(c, &r, address, payload);
-        } else if (r.type == BALE_RECORD_ZERO || r.type == BALE_RECORD_DROP) {
-            ret = compact_tombstone(c, &r, address);
+        if (r.type == BALE_RECORD_DATA || r.type == BALE_RECORD_ZERO ||
+            r.type == BALE_RECORD_DROP) {
+            ret = compact_live(c, &r, address, payload);
         }
         end += bale_record_size(&r);
     }
@@ -434,9 +438,9 @@ bool bale_store_compact(BaleStore *s, const BaleCompactOptions *o,
     ret = s->read_only ? -EROFS : bale_store_flush_sync(s);
     if (ret == 0) {
         /* A session gives dead pages back, also those of earlier ones. */
-        ret = bale_image_write_begin(s->image);
+        ret = bale_store_write_begin(s);
         if (ret == 0) {
-            bale_image_write_end(s->image);
+            bale_store_write_end(s);
         }
     }
     bale_maintain_pause(s);

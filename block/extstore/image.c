@@ -1,14 +1,6 @@
 /*
- * An image: its record, its index, what a cluster is replaced with, and what
- * is asked about it.  Requests are in request.c.
- *
- * Invariants:
- *  1. The index is set only by whoever holds the cluster's range (request.c),
- *     by a change of the image, which has session_lock for writing, or by a
- *     compaction, which moves an entry only if it has not changed.
- *  2. Each entry of the index counts as live in the page that it points at.
- *  3. An index is exchanged as a whole when an image outgrows it; whoever looks
- *     into one does so inside the epoch, or with session_lock.
+ * An image: its record, what a cluster is replaced with, and what is asked
+ * about it.  Its clusters are in layers (layer.c); requests are in request.c.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -26,32 +18,6 @@
 /* A discard leaves clusters out that were never written, if so many follow. */
 #define DISCARD_GAP_MIN 16u
 
-/* --- the index --- */
-
-uint64_t bale_image_find(BaleImage *image, uint64_t cluster)
-{
-    /* The index is exchanged when an image outgrows it. */
-    BaleEpochToken token = bale_epoch_enter(image->store->epoch);
-    BaleIndex *index = __atomic_load_n(&image->index, __ATOMIC_ACQUIRE);
-    uint64_t value = bale_index_find(index, cluster);
-
-    bale_epoch_exit(image->store->epoch, token);
-    return value;
-}
-
-/* May there be clusters of our own in the chunk with @cluster? */
-static bool image_chunk_used(BaleImage *image, uint64_t cluster)
-{
-    BaleEpochToken token = bale_epoch_enter(image->store->epoch);
-    uint32_t *entries =
-        __atomic_load_n(&image->chunk_entries, __ATOMIC_ACQUIRE);
-    bool used = __atomic_load_n(&entries[cluster / BALE_CHUNK_CLUSTERS],
-                                __ATOMIC_RELAXED);
-
-    bale_epoch_exit(image->store->epoch, token);
-    return used;
-}
-
 bool bale_image_has_backing(BaleImage *image)
 {
     return image->backing_read &&
@@ -66,83 +32,10 @@ bool bale_image_contains(BaleImage *image, uint64_t offset, uint64_t len)
     return offset <= size && len <= size - offset;
 }
 
-static void image_retire_index(void *opaque)
-{
-    bale_index_free(opaque);
-}
-
-int bale_image_index_set(BaleImage *image, uint64_t cluster, uint64_t value,
-                         uint64_t *old)
-{
-    uint64_t was = 0;
-    uint32_t *entries =
-        &image->chunk_entries[cluster / BALE_CHUNK_CLUSTERS];
-    int ret = bale_index_set(image->index, cluster, value, &was);
-
-    if (ret < 0) {
-        return ret;
-    }
-    if (!was && value) {
-        __atomic_fetch_add(entries, 1, __ATOMIC_RELAXED);
-    } else if (was && !value) {
-        __atomic_fetch_sub(entries, 1, __ATOMIC_RELAXED);
-    }
-    if (old) {
-        *old = was;
-    }
-    return 0;
-}
-
-static void image_account_old(BaleImage *image, uint64_t cluster,
-                              uint64_t old)
-{
-    BaleStore *s = image->store;
-
-    if (s->cache) {
-        bale_cache_drop(s->cache, cluster);
-    }
-    if (old) {
-        pthread_mutex_lock(&s->log_lock);
-        bale_page_live_sub(s, bale_value_address(old),
-                           bale_value_live(old, s->cluster_size));
-        pthread_mutex_unlock(&s->log_lock);
-    }
-}
-
-void bale_image_index_move(BaleImage *image, uint64_t cluster, uint64_t value,
-                           uint64_t copy)
-{
-    uint64_t gone = value;
-
-    if (bale_index_update(image->index, cluster, value, copy, NULL) < 0) {
-        gone = copy; /* somebody was faster: the copy is garbage */
-    }
-    image_account_old(image, cluster, gone);
-}
-
-static bool image_removed(uint64_t cluster, uint64_t value, void *opaque)
-{
-    BaleImage *image = opaque;
-
-    __atomic_fetch_sub(&image->chunk_entries[cluster / BALE_CHUNK_CLUSTERS],
-                       1, __ATOMIC_RELAXED);
-    /* During recovery live bytes are not counted yet. */
-    if (image->store->session) {
-        image_account_old(image, cluster, value);
-    }
-    return true;
-}
-
-void bale_image_index_clear_from(BaleImage *image, uint64_t cluster)
-{
-    bale_index_remove_from(image->index, cluster, image_removed, image);
-}
-
 /* --- replacing clusters --- */
 
-int bale_image_write_begin(BaleImage *image)
+int bale_store_write_begin(BaleStore *s)
 {
-    BaleStore *s = image->store;
     int ret;
 
     for (;;) {
@@ -164,9 +57,9 @@ int bale_image_write_begin(BaleImage *image)
     }
 }
 
-void bale_image_write_end(BaleImage *image)
+void bale_store_write_end(BaleStore *s)
 {
-    pthread_rwlock_unlock(&image->store->session_lock);
+    pthread_rwlock_unlock(&s->session_lock);
 }
 
 /* Append to the fresh data; what frees space may use the reserve. */
@@ -188,8 +81,9 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
                            uint64_t cluster, const uint8_t *data)
 {
     BaleStore *s = image->store;
+    BaleLayer *layer = image->top;
     BaleRecord r = {
-        .layer = image->layer,
+        .layer = layer->id,
         .count = 1,
         .cluster = cluster,
     };
@@ -221,23 +115,23 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
     }
     live = bale_value_live(bale_value(0, size_class), s->cluster_size);
 
-    ret = bale_image_write_begin(image);
+    ret = bale_store_write_begin(s);
     if (ret < 0) {
         return ret;
     }
     ret = image_append(s, &r, payload, live, &address);
     if (ret == 0) {
         value = bale_value(address, size_class);
-        ret = bale_image_index_set(image, cluster, value, &old);
+        ret = bale_layer_index_set(layer, cluster, value, &old);
         if (ret == 0) {
-            image_account_old(image, cluster, old);
+            bale_layer_account_old(layer, cluster, old);
         } else {
-            image_account_old(image, cluster, value);
+            bale_layer_account_old(layer, cluster, value);
         }
         stat_add(&s->stats.logical_bytes, s->cluster_size);
         stat_add(&s->stats.stored_bytes, bale_record_size(&r));
     }
-    bale_image_write_end(image);
+    bale_store_write_end(s);
     bale_epoch_poll(s->epoch); /* one load, unless the index has grown */
     return ret;
 }
@@ -249,7 +143,7 @@ static uint64_t image_next_cluster(BaleImage *image, uint64_t first,
     uint64_t c = first;
 
     while (c < end) {
-        if (!image_chunk_used(image, c)) {
+        if (!bale_image_chunk_used(image, c)) {
             c = (c | (BALE_CHUNK_CLUSTERS - 1)) + 1;
         } else if (bale_image_find(image, c)) {
             return c;
@@ -279,15 +173,16 @@ static uint64_t image_run_end(BaleImage *image, uint64_t first, uint64_t end)
 static int image_put_zeroes(BaleImage *image, uint64_t first, uint32_t count)
 {
     BaleStore *s = image->store;
+    BaleLayer *layer = image->top;
     BaleRecord r = {
         .type = BALE_RECORD_ZERO,
-        .layer = image->layer,
+        .layer = layer->id,
         .cluster = first,
         .count = count,
     };
     uint64_t address, value, old, live, c;
     bool appended;
-    int ret = bale_image_write_begin(image);
+    int ret = bale_store_write_begin(s);
 
     if (ret < 0) {
         return ret;
@@ -301,9 +196,9 @@ static int image_put_zeroes(BaleImage *image, uint64_t first, uint32_t count)
     appended = ret == 0;
     value = bale_value(address, 0);
     for (c = first; ret == 0 && c < first + count; c++) {
-        ret = bale_image_index_set(image, c, value, &old);
+        ret = bale_layer_index_set(layer, c, value, &old);
         if (ret == 0 && old) {
-            image_account_old(image, c, old);
+            bale_layer_account_old(layer, c, old);
         } else if (ret < 0) {
             c--; /* this one does not point at it */
         }
@@ -314,7 +209,7 @@ static int image_put_zeroes(BaleImage *image, uint64_t first, uint32_t count)
         pthread_mutex_unlock(&s->log_lock);
     }
     stat_add(&s->stats.zero_records, 1);
-    bale_image_write_end(image);
+    bale_store_write_end(s);
     return ret;
 }
 
@@ -378,7 +273,7 @@ int bale_image_status(BaleImage *image, uint64_t offset, uint64_t len,
     for (c++; c < end; c++) {
         if (*status == BALE_CLUSTER_UNALLOCATED &&
             c << s->cluster_bits >= dirty_end &&
-            !image_chunk_used(image, c)) {
+            !bale_image_chunk_used(image, c)) {
             c |= BALE_CHUNK_CLUSTERS - 1;
         } else if (cluster_status(image, c, dirty_end) != *status) {
             break;
@@ -390,67 +285,14 @@ int bale_image_status(BaleImage *image, uint64_t offset, uint64_t len,
 
 /* --- the image itself --- */
 
-uint64_t bale_image_clusters(const BaleImageRecord *record,
-                             uint32_t cluster_size)
-{
-    return record->size / cluster_size + !!(record->size % cluster_size);
-}
-
-/* Key bits of an index for @clusters, with room to grow a little. */
-static unsigned image_key_bits(uint64_t clusters)
-{
-    unsigned bits = 1;
-
-    while (bits < BALE_INDEX_KEY_BITS_MAX && clusters >> bits) {
-        bits++;
-    }
-    return MIN(bits + 2, BALE_INDEX_KEY_BITS_MAX);
-}
-
-static bool image_copy_entry(uint64_t cluster, uint64_t value, void *opaque)
-{
-    return bale_index_set(opaque, cluster, value, NULL) == 0;
-}
-
-int bale_image_set_record(BaleImage *image, const BaleImageRecord *record)
+void bale_image_set_record(BaleImage *image, const BaleImageRecord *record)
 {
     BaleStore *s = image->store;
-    uint64_t clusters = bale_image_clusters(record, s->cluster_size);
-    uint64_t chunks = clusters / BALE_CHUNK_CLUSTERS + 1;
-    unsigned key_bits = image_key_bits(chunks * BALE_CHUNK_CLUSTERS);
 
-    if (!image->index || chunks > image->chunks) {
-        uint32_t *entries = g_try_new0(uint32_t, chunks);
-        BaleIndex *index = bale_index_new(key_bits, 0, s->epoch);
-        BaleIndex *old = image->index;
-
-        if (!entries || !index ||
-            (old && !bale_index_foreach(old, image_copy_entry, index))) {
-            g_free(entries);
-            bale_index_free(index);
-            return -ENOMEM;
-        }
-        if (old) {
-            uint32_t *old_entries = image->chunk_entries;
-
-            memcpy(entries, old_entries, image->chunks * sizeof(*entries));
-            __atomic_store_n(&image->chunk_entries, entries,
-                             __ATOMIC_RELEASE);
-            __atomic_store_n(&image->index, index, __ATOMIC_RELEASE);
-            bale_epoch_defer(s->epoch, image_retire_index, old);
-            bale_epoch_defer(s->epoch, g_free, old_entries);
-            bale_epoch_poll(s->epoch);
-        } else {
-            image->chunk_entries = entries;
-            image->index = index;
-        }
-        image->chunks = chunks;
-    }
     pthread_mutex_lock(&s->log_lock);
     image->record = *record;
     pthread_mutex_unlock(&s->log_lock);
     __atomic_store_n(&image->size, record->size, __ATOMIC_RELEASE);
-    return 0;
 }
 
 BaleImage *bale_image_new(BaleStore *s, const BaleImageRecord *record,
@@ -459,18 +301,20 @@ BaleImage *bale_image_new(BaleStore *s, const BaleImageRecord *record,
     BaleImage *image = g_new0(BaleImage, 1);
 
     image->store = s;
-    image->layer = record->layer;
     image->codec = record->codec;
     pthread_mutex_init(&image->range_lock, NULL);
     image->ranges_waiting_tail = &image->ranges_waiting;
     image->mutable_region = bale_mutable_new(image);
-    if (!image->mutable_region || bale_image_set_record(image, record) < 0) {
+    image->top = bale_layer_new(s, record->layer, record->size);
+    if (!image->mutable_region || !image->top) {
         g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_NO_MEMORY,
                     "no memory for an index of %" PRIu64 " bytes of image",
                     record->size);
         bale_image_free(image);
         return NULL;
     }
+    bale_image_set_record(image, record);
+    g_ptr_array_add(s->images, image);
     return image;
 }
 
@@ -478,8 +322,6 @@ void bale_image_free(BaleImage *image)
 {
     if (image) {
         bale_mutable_free(image->mutable_region);
-        bale_index_free(image->index);
-        g_free(image->chunk_entries);
         pthread_mutex_destroy(&image->range_lock);
         g_free(image);
     }
@@ -495,7 +337,7 @@ void bale_image_get_info(BaleImage *image, BaleImageInfo *info)
     BaleStore *s = image->store;
     BaleIndexStats stats;
 
-    bale_index_get_stats(image->index, &stats);
+    bale_index_get_stats(image->top->index, &stats);
     memset(info, 0, sizeof(*info));
     pthread_mutex_lock(&s->log_lock);
     info->size = image->record.size;
@@ -528,15 +370,24 @@ void bale_image_set_backing_present(BaleImage *image,
 
 BaleImage *bale_image_open(BaleStore *store, const char *name, GError **errp)
 {
-    if (name && strcmp(name, store->image->record.name)) {
+    BaleImage *found = NULL;
+
+    name = name ? name : "";
+    pthread_mutex_lock(&store->log_lock);
+    for (guint i = 0; i < store->images->len && !found; i++) {
+        BaleImage *image = g_ptr_array_index(store->images, i);
+
+        if (!strcmp(name, image->record.name)) {
+            found = image;
+            found->openers++;
+        }
+    }
+    pthread_mutex_unlock(&store->log_lock);
+    if (!found) {
         g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_INVALID,
                     "no image '%s' in this store", name);
-        return NULL;
     }
-    pthread_mutex_lock(&store->log_lock);
-    store->image->openers++;
-    pthread_mutex_unlock(&store->log_lock);
-    return store->image;
+    return found;
 }
 
 void bale_image_close(BaleImage *image)
@@ -613,11 +464,14 @@ static bool image_change(BaleImage *image, const BaleImageRecord *record,
         ret = bale_image_record_append(image, record, shrinks);
     }
     if (ret == 0 && shrinks) {
-        bale_image_index_clear_from(
-            image, bale_image_clusters(record, s->cluster_size));
+        bale_layer_clear_from(
+            image->top, bale_size_clusters(record->size, s->cluster_size));
     }
     if (ret == 0) {
-        ret = bale_image_set_record(image, record);
+        ret = bale_layer_set_size(image->top, record->size);
+    }
+    if (ret == 0) {
+        bale_image_set_record(image, record);
     }
     pthread_rwlock_unlock(&s->session_lock);
     if (ret == 0 && !BALE_PLANTED(resize_not_durable)) {
@@ -673,7 +527,7 @@ bool bale_image_set_backing(BaleImage *image, const char *backing_file,
 bool bale_image_clear(BaleImage *image, GError **errp)
 {
     BaleStore *s = image->store;
-    BaleRecord r = { .type = BALE_RECORD_DROP, .layer = image->layer };
+    BaleRecord r = { .type = BALE_RECORD_DROP, .layer = image->top->id };
     uint64_t address;
     int ret = bale_store_flush_sync(s);
 
@@ -686,7 +540,7 @@ bool bale_image_clear(BaleImage *image, GError **errp)
         ret = image_append(s, &r, NULL, 0, &address);
     }
     if (ret == 0) {
-        bale_image_index_clear_from(image, 0);
+        bale_layer_clear_from(image->top, 0);
     }
     pthread_rwlock_unlock(&s->session_lock);
     if (ret == 0) {

@@ -418,14 +418,29 @@ size_t bale_mutable_read(BaleMutable *m, uint64_t offset, uint32_t len,
     return total;
 }
 
+/* Under the lock.  What failed before is tried again. */
+static bool mutable_waiting(BaleMutable *m)
+{
+    bale_seqcache_retry(m->cache);
+    return bale_seqcache_oldest_seq(m->cache) <= bale_seqcache_seq(m->cache);
+}
+
+bool bale_mutable_waiting(BaleMutable *m)
+{
+    bool waiting;
+
+    pthread_mutex_lock(&m->lock);
+    waiting = mutable_waiting(m);
+    pthread_mutex_unlock(&m->lock);
+    return waiting;
+}
+
 void bale_mutable_flush(BaleMutable *m, BaleDone *done, void *opaque)
 {
     MutableFlush *f, **p;
 
     pthread_mutex_lock(&m->lock);
-    /* What failed before is tried again, and fails this flush if it must. */
-    bale_seqcache_retry(m->cache);
-    if (bale_seqcache_oldest_seq(m->cache) > bale_seqcache_seq(m->cache)) {
+    if (!mutable_waiting(m)) {
         pthread_mutex_unlock(&m->lock);
         bale_log_flush(m->image->store, done, opaque);
         return;

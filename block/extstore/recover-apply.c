@@ -72,13 +72,13 @@ static int apply_make_image(Scan *scan)
     if (!found) {
         return 0;
     }
-    scan->s->image = bale_image_new(scan->s, &largest, NULL);
-    return scan->s->image ? 0 : -ENOMEM;
+    return bale_image_new(scan->s, &largest, NULL) ? 0 : -ENOMEM;
 }
 
 static int apply_image(Scan *scan, const ScanEntry *e)
 {
     BaleStore *s = scan->s;
+    BaleImage *image = g_ptr_array_index(s->images, 0);
     BaleImageRecord record;
     int ret = scan_image_record(scan, e, &record);
 
@@ -90,17 +90,16 @@ static int apply_image(Scan *scan, const ScanEntry *e)
 
         p->tombstone_seq = MAX(p->tombstone_seq, e->seq);
     }
-    bale_image_index_clear_from(
-        s->image, bale_image_clusters(&record, s->cluster_size));
+    bale_layer_clear_from(image->top,
+                          bale_size_clusters(record.size, s->cluster_size));
     scan->image_record = record;
-    s->image->record_address = e->address;
+    image->record_address = e->address;
     return 0;
 }
 
-static int apply_range(BaleImage *image, const ScanEntry *e)
+static int apply_range(BaleLayer *layer, const ScanEntry *e)
 {
-    uint64_t clusters =
-        bale_image_clusters(&image->record, image->store->cluster_size);
+    uint64_t clusters = bale_layer_clusters(layer);
     uint64_t value = e->type == BALE_RECORD_ZERO ? bale_value(e->address, 0)
                                                  : 0;
     uint64_t end = e->cluster + e->count;
@@ -109,11 +108,11 @@ static int apply_range(BaleImage *image, const ScanEntry *e)
         return 0;
     }
     if (e->type == BALE_RECORD_DROP && e->count == 0) {
-        bale_image_index_clear_from(image, e->cluster);
+        bale_layer_clear_from(layer, e->cluster);
         return 0;
     }
     for (uint64_t c = e->cluster; c < MIN(end, clusters); c++) {
-        if (bale_image_index_set(image, c, value, NULL) < 0) {
+        if (bale_layer_index_set(layer, c, value, NULL) < 0) {
             return -ENOMEM;
         }
     }
@@ -123,7 +122,7 @@ static int apply_range(BaleImage *image, const ScanEntry *e)
 static int apply_entry(Scan *scan, const ScanEntry *e)
 {
     BaleStore *s = scan->s;
-    BaleImage *image = s->image;
+    BaleLayer *layer = bale_layer_get(s, e->layer);
     BalePage *p = bale_page(s, e->page);
 
     s->next_seq = MAX(s->next_seq, e->seq + 1);
@@ -137,14 +136,12 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
         p->bucket = BALE_BUCKET_META;
         return apply_image(scan, e);
     case BALE_RECORD_DATA:
-        if (e->layer != image->record.layer ||
-            e->cluster >= bale_image_clusters(&image->record,
-                                              s->cluster_size)) {
+        if (!layer || e->cluster >= bale_layer_clusters(layer)) {
             return 0;
         }
         s->recovered_records++;
-        return bale_image_index_set(
-            image, e->cluster,
+        return bale_layer_index_set(
+            layer, e->cluster,
             bale_value(e->address,
                        bale_size_class(e->payload_len, s->cluster_size)),
             NULL);
@@ -153,11 +150,11 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
         if (e->type == BALE_RECORD_DROP) {
             p->tombstone_seq = MAX(p->tombstone_seq, e->seq);
         }
-        if (e->layer != image->record.layer) {
+        if (!layer) {
             return 0;
         }
         s->recovered_records++;
-        return apply_range(image, e);
+        return apply_range(layer, e);
     default:
         return 0;
     }
@@ -175,6 +172,7 @@ bool bale_recover_count_live(uint64_t cluster, uint64_t value, void *opaque)
 int bale_scan_apply(Scan *scan)
 {
     BaleStore *s = scan->s;
+    BaleImage *image;
     int ret = bale_page_table_grow(s, scan->pages);
 
     for (uint64_t i = 0; ret == 0 && i < scan->pages; i++) {
@@ -194,9 +192,10 @@ int bale_scan_apply(Scan *scan)
     }
     g_array_sort(scan->entries, entry_compare);
     ret = ret == 0 ? apply_make_image(scan) : ret;
-    if (ret < 0 || !s->image) {
+    if (ret < 0 || !s->images->len) {
         return ret;
     }
+    image = g_ptr_array_index(s->images, 0);
     for (guint i = 0; ret == 0 && i < scan->entries->len; i++) {
         ScanEntry *e = &g_array_index(scan->entries, ScanEntry, i);
 
@@ -205,11 +204,12 @@ int bale_scan_apply(Scan *scan)
         }
     }
     if (ret == 0) {
-        ret = bale_image_set_record(s->image, &scan->image_record);
+        ret = bale_layer_set_size(image->top, scan->image_record.size);
     }
     if (ret == 0) {
-        bale_index_foreach(s->image->index, bale_recover_count_live, s);
-        bale_page_live_add(s, s->image->record_address,
+        bale_image_set_record(image, &scan->image_record);
+        bale_index_foreach(image->top->index, bale_recover_count_live, s);
+        bale_page_live_add(s, image->record_address,
                            BALE_RECORD_HEADER_LEN);
     }
     return ret;

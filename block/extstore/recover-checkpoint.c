@@ -97,14 +97,11 @@ static int load_pages(BaleStore *s, const BalePart *part,
 static int load_index(BaleStore *s, const BalePart *part,
                       const uint8_t *payload)
 {
-    BaleImage *image = s->image;
-    uint64_t clusters;
+    BaleLayer *layer =
+        part->a <= UINT32_MAX ? bale_layer_get(s, part->a) : NULL;
 
-    if (!image || part->a != image->record.layer) {
-        return -EIO;
-    }
-    clusters = bale_image_clusters(&image->record, s->cluster_size);
-    if (part->b + part->payload_len / 8 > clusters) {
+    if (!layer ||
+        part->b + part->payload_len / 8 > bale_layer_clusters(layer)) {
         return -EIO;
     }
     for (uint32_t i = 0; i < part->payload_len / 8; i++) {
@@ -120,7 +117,7 @@ static int load_index(BaleStore *s, const BalePart *part,
             offset + BALE_RECORD_HEADER_LEN > bale_page(s, page)->end) {
             return -EIO;
         }
-        if (bale_image_index_set(image, part->b + i, value, NULL) < 0) {
+        if (bale_layer_index_set(layer, part->b + i, value, NULL) < 0) {
             return -ENOMEM;
         }
         bale_recover_count_live(part->b + i, value, s);
@@ -132,6 +129,7 @@ static int load_image(BaleStore *s, const BalePart *part)
 {
     g_autofree uint8_t *payload = NULL;
     BaleImageRecord record;
+    BaleImage *image;
     BaleRecord r;
     uint64_t page = (part->address - BALE_SUPER_SIZE) / s->page_size;
     uint64_t offset = (part->address - BALE_SUPER_SIZE) % s->page_size;
@@ -139,7 +137,7 @@ static int load_image(BaleStore *s, const BalePart *part)
                        BALE_RECORD_HEADER_MAX + BALE_IMAGE_PAYLOAD_MAX);
     int ret;
 
-    if (page >= s->pages->len || s->image) {
+    if (page >= s->pages->len || s->images->len) {
         return -EIO;
     }
     len = MIN(len, s->dev_info.size - part->address);
@@ -153,11 +151,11 @@ static int load_image(BaleStore *s, const BalePart *part)
                           r.payload_len) < 0) {
         return -EIO;
     }
-    s->image = bale_image_new(s, &record, NULL);
-    if (!s->image) {
+    image = bale_image_new(s, &record, NULL);
+    if (!image) {
         return -ENOMEM;
     }
-    s->image->record_address = part->address;
+    image->record_address = part->address;
     bale_page_live_add(s, part->address, BALE_RECORD_HEADER_LEN);
     return 0;
 }
@@ -253,7 +251,7 @@ int bale_recover_checkpoint(BaleStore *s)
         ret = load_parts(s, root.parts, payload + BALE_ROOT_FIXED_LEN,
                          BALE_PART_INDEX);
     }
-    if (ret < 0 || !s->image) {
+    if (ret < 0 || !s->images->len) {
         return ret < 0 ? ret : -EIO;
     }
 
@@ -275,8 +273,8 @@ int bale_recover_checkpoint(BaleStore *s)
 /* Forget what a checkpoint that turned out damaged has loaded. */
 void bale_recover_reset(BaleStore *s)
 {
-    bale_image_free(s->image);
-    s->image = NULL;
+    g_ptr_array_set_size(s->images, 0);
+    g_hash_table_remove_all(s->layers);
     g_array_set_size(s->pages, 0);
     g_array_set_size(s->checkpoint, 0);
     for (int b = 0; b < BALE_BUCKETS; b++) {

@@ -456,7 +456,7 @@ int bale_image_unpack(BaleImage *image, BaleWorkerContext *wc,
 
     if (bale_record_decode(&r, seed, s->cluster_size, buf, avail) < 0 ||
         r.type != BALE_RECORD_DATA || r.version != version ||
-        r.layer != image->layer || r.cluster != cluster ||
+        r.layer != image->top->id || r.cluster != cluster ||
         (size_t)r.header_len + r.payload_len > avail) {
         return -EIO;
     }
@@ -533,7 +533,7 @@ static void op_read_work(BaleWork *work, void *context, unsigned worker)
         if (s->cache && (req->kind == REQUEST_READAHEAD ||
                          req->len < READ_LARGE)) {
             /* Still a reader of the page: the value cannot come back. */
-            bale_cache_put(s->cache, image->index, op->cluster, op->value,
+            bale_cache_put(s->cache, image->top->index, op->cluster, op->value,
                            dst);
         }
         if (req->kind != REQUEST_READAHEAD) {
@@ -1157,37 +1157,58 @@ void bale_image_zero(BaleImage *image, uint64_t offset, uint64_t len,
     }
 }
 
-/* A flush under way, for the latency histogram. */
+/* A flush under way, of the regions of all images, and for the histogram. */
 typedef struct TimedFlush {
     BaleStore *store;
     uint64_t start_ns;
     BaleDone *done;
     void *opaque;
+    int ret;          /* atomic; the first error */
+    unsigned pending; /* atomic */
 } TimedFlush;
 
 static void timed_flush_done(void *opaque, int ret)
 {
     TimedFlush *f = opaque;
+    int zero = 0;
 
+    if (ret < 0) {
+        __atomic_compare_exchange_n(&f->ret, &zero, ret, false,
+                                    __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    }
+    if (__atomic_sub_fetch(&f->pending, 1, __ATOMIC_ACQ_REL) > 0) {
+        return;
+    }
     bale_histogram_add(&f->store->flush_hist, bale_now_ns() - f->start_ns);
-    f->done(f->opaque, ret);
+    f->done(f->opaque, __atomic_load_n(&f->ret, __ATOMIC_ACQUIRE));
     g_free(f);
 }
 
 void bale_store_flush(BaleStore *store, BaleDone *done, void *opaque)
 {
     TimedFlush *f;
+    bool logged = false;
 
     if (store_failed(store)) {
         done(opaque, -EIO);
         return;
     }
     f = g_new(TimedFlush, 1);
-    *f = (TimedFlush){ store, bale_now_ns(), done, opaque };
-    if (BALE_PLANTED(flush_misses_mutable)) {
-        bale_log_flush(store, timed_flush_done, f);
+    *f = (TimedFlush){ store, bale_now_ns(), done, opaque, 0, 1 };
+    /* Each of these ends with a flush of the log. */
+    for (guint i = 0; i < store->images->len; i++) {
+        BaleImage *image = g_ptr_array_index(store->images, i);
+
+        if (bale_mutable_waiting(image->mutable_region) &&
+            !BALE_PLANTED(flush_misses_mutable)) {
+            __atomic_fetch_add(&f->pending, 1, __ATOMIC_RELAXED);
+            logged = true;
+            bale_mutable_flush(image->mutable_region, timed_flush_done, f);
+        }
+    }
+    if (logged) {
+        timed_flush_done(f, 0);
     } else {
-        bale_mutable_flush(store->image->mutable_region, timed_flush_done, f);
+        bale_log_flush(store, timed_flush_done, f);
     }
 }
-

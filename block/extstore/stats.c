@@ -78,10 +78,29 @@ static void stats_pages(BaleStore *s, BaleStoreStats *stats)
 
 static void stats_index(BaleStore *s, BaleStoreStats *stats)
 {
-    BaleIndexStats index;
+    BaleIndexStats index = { .keys = 0 };
     BaleEpochStats epoch;
+    GHashTableIter iter;
+    void *layer;
 
-    bale_index_get_stats(s->image->index, &index);
+    pthread_mutex_lock(&s->log_lock);
+    g_hash_table_iter_init(&iter, s->layers);
+    while (g_hash_table_iter_next(&iter, NULL, &layer)) {
+        BaleIndexStats one;
+
+        bale_index_get_stats(((BaleLayer *)layer)->index, &one);
+        index.keys += one.keys;
+        index.bytes += one.bytes;
+        index.peak_bytes += one.peak_bytes;
+        index.buckets += one.buckets;
+        index.overflow_buckets += one.overflow_buckets;
+        index.growing |= one.growing;
+        index.growths += one.growths;
+        index.rebuilds += one.rebuilds;
+        index.shrinks += one.shrinks;
+        index.waits += one.waits;
+    }
+    pthread_mutex_unlock(&s->log_lock);
     stats->index_entries = index.keys;
     stats->index_bytes = index.bytes;
     stats->index_peak_bytes = index.peak_bytes;
@@ -137,8 +156,12 @@ void bale_store_get_stats(BaleStore *s, BaleStoreStats *stats)
         stats->write_amplification_permille =
             stats->segment_bytes * 1000 / stats->stored_bytes;
     }
-    bale_mutable_count(s->image->mutable_region, &stats->mutable_clusters,
-                       &stats->mutable_bytes);
+    for (guint i = 0; i < s->images->len; i++) {
+        BaleImage *image = g_ptr_array_index(s->images, i);
+
+        bale_mutable_count(image->mutable_region, &stats->mutable_clusters,
+                           &stats->mutable_bytes);
+    }
     stats_index(s, stats);
     stats_queues(s, stats);
     stats_histogram(&s->read_hist, stats->read_ns, &stats->read_latency);

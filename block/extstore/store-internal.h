@@ -3,7 +3,8 @@
  * whole; this header tells who owns which field.
  *
  *     request.c     requests on clusters: read, write, zero, flush
- *     image.c       the image: its index, its record, its status
+ *     image.c       images: their records, their status
+ *     layer.c       layers: which record holds a cluster
  *     mutable.c     clusters written in part, on a seqcache
  *     cache.c       decompressed clusters in memory
  *     log.c         appends records to pages through write buffers; flushes
@@ -49,6 +50,7 @@ typedef struct BaleWriteBuffer BaleWriteBuffer;
 typedef struct BaleFlushWaiter BaleFlushWaiter;
 typedef struct BaleCache BaleCache;
 typedef struct BaleMutable BaleMutable;
+typedef struct BaleLayer BaleLayer;
 
 /* --- pages (page.c); all fields under log_lock --- */
 
@@ -117,14 +119,21 @@ typedef struct BaleWorkerContext {
     uint8_t *packed;  /* compressed output, one cluster */
 } BaleWorkerContext;
 
-struct BaleImage {
-    BaleStore *store;
-    uint32_t layer;          /* constant, as is codec */
-    uint8_t codec;
-    BaleImageRecord record;  /* under log_lock */
+/* A set of clusters (layer.c). */
+struct BaleLayer {
+    BaleStore *store;        /* constant, as is id */
+    uint32_t id;
     BaleIndex *index;        /* cluster -> value; latch-free */
     uint32_t *chunk_entries; /* per BALE_CHUNK_CLUSTERS; atomic */
     uint64_t chunks;
+    uint64_t size;           /* bytes; changes under session_lock */
+};
+
+struct BaleImage {
+    BaleStore *store;
+    uint8_t codec;           /* constant */
+    BaleLayer *top;
+    BaleImageRecord record;  /* under log_lock */
     uint64_t record_address; /* of the newest image record; under log_lock */
     unsigned openers;        /* under log_lock */
 
@@ -159,7 +168,8 @@ struct BaleStore {
     uint32_t buffer_size;
     BaleWorkers *workers;
     BaleEpoch *epoch;
-    BaleImage *image;
+    GPtrArray *images;       /* BaleImage, owned */
+    GHashTable *layers;      /* id -> BaleLayer, owned */
     BaleCache *cache;
     bool was_clean;
     uint64_t recovered_records, torn_bytes, damaged_records;
@@ -341,11 +351,44 @@ int bale_supers_write(BaleStore *s);
 /* recover.c */
 bool bale_recover(BaleStore *s, GError **errp);
 
-/* image.c */
+/* layer.c */
+static inline uint64_t bale_size_clusters(uint64_t size,
+                                          uint32_t cluster_size)
+{
+    return size / cluster_size + !!(size % cluster_size);
+}
+
+/* The layer with @id, or NULL. */
+BaleLayer *bale_layer_get(BaleStore *s, uint32_t id);
+/* A new layer, which is the store's.  NULL: no memory. */
+BaleLayer *bale_layer_new(BaleStore *s, uint32_t id, uint64_t size);
+void bale_layer_free(BaleLayer *layer);
+uint64_t bale_layer_clusters(const BaleLayer *layer);
+/*
+ * A larger size may need a larger index: -ENOMEM.  No write is under way, or
+ * session_lock is held for writing.
+ */
+int bale_layer_set_size(BaleLayer *layer, uint64_t size);
+uint64_t bale_layer_find(BaleLayer *layer, uint64_t cluster);
+/* Set an index entry and keep the chunk counter; 0 or -ENOMEM. */
+int bale_layer_index_set(BaleLayer *layer, uint64_t cluster, uint64_t value,
+                         uint64_t *old);
+/* The index does not point at @old any more (0: it pointed at nothing). */
+void bale_layer_account_old(BaleLayer *layer, uint64_t cluster, uint64_t old);
+/* Point @cluster at @copy if it still points at @value; counts either way. */
+void bale_layer_index_move(BaleLayer *layer, uint64_t cluster, uint64_t value,
+                           uint64_t copy);
+/* Forget the clusters from @cluster on. */
+void bale_layer_clear_from(BaleLayer *layer, uint64_t cluster);
+/* What the image shows of its layers. */
+uint64_t bale_image_find(BaleImage *image, uint64_t cluster);
+/* May there be clusters of our own in the chunk with @cluster? */
+bool bale_image_chunk_used(BaleImage *image, uint64_t cluster);
+
+/* image.c: bale_image_new() adds the image to the store's */
 BaleImage *bale_image_new(BaleStore *s, const BaleImageRecord *record,
                           GError **errp);
 void bale_image_free(BaleImage *image);
-uint64_t bale_image_find(BaleImage *image, uint64_t cluster);
 /* Does the range lie inside the image? */
 bool bale_image_contains(BaleImage *image, uint64_t offset, uint64_t len);
 /* Does anything lie under the image? */
@@ -357,22 +400,10 @@ bool bale_image_has_backing(BaleImage *image);
 int bale_image_zero_clusters(BaleImage *image, uint64_t first, uint64_t count,
                              bool discard);
 /* May the caller append now?  0, with session_lock held for reading. */
-int bale_image_write_begin(BaleImage *image);
-void bale_image_write_end(BaleImage *image);
-/* Point @cluster at @copy if it still points at @value; counts either way. */
-void bale_image_index_move(BaleImage *image, uint64_t cluster, uint64_t value,
-                           uint64_t copy);
-/* Set an index entry and keep the chunk counter; 0 or -ENOMEM. */
-int bale_image_index_set(BaleImage *image, uint64_t cluster, uint64_t value,
-                         uint64_t *old);
-/*
- * Take over a new record: its size may need a larger index.  -ENOMEM.  No
- * write is under way, or session_lock is held for writing.
- */
-int bale_image_set_record(BaleImage *image, const BaleImageRecord *record);
-void bale_image_index_clear_from(BaleImage *image, uint64_t cluster);
-uint64_t bale_image_clusters(const BaleImageRecord *record,
-                             uint32_t cluster_size);
+int bale_store_write_begin(BaleStore *s);
+void bale_store_write_end(BaleStore *s);
+/* Take over a new record; the top layer has the size that it says. */
+void bale_image_set_record(BaleImage *image, const BaleImageRecord *record);
 int bale_image_record_append(BaleImage *image, const BaleImageRecord *record,
                              bool shrinks);
 /*
@@ -432,6 +463,8 @@ uint64_t bale_mutable_end(BaleMutable *m);
  */
 size_t bale_mutable_read(BaleMutable *m, uint64_t offset, uint32_t len,
                          uint8_t **buf, GArray **runs);
+/* Is anything in the region that a flush has to write out? */
+bool bale_mutable_waiting(BaleMutable *m);
 /* Write out what was put before, then flush the log. */
 void bale_mutable_flush(BaleMutable *m, BaleDone *done, void *opaque);
 void bale_mutable_discard(BaleMutable *m, uint64_t offset, uint64_t len);

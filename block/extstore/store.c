@@ -93,9 +93,10 @@ static void *worker_context_new(void *opaque, unsigned worker, GError **errp)
 {
     BaleStore *s = opaque;
     BaleWorkerContext *wc = g_new0(BaleWorkerContext, 1);
+    BaleImage *image = g_ptr_array_index(s->images, 0);
 
-    wc->codec = bale_codec_context_new(s->image->record.codec,
-                                       s->image->record.level,
+    wc->codec = bale_codec_context_new(image->record.codec,
+                                       image->record.level,
                                        s->cluster_size, errp);
     wc->cluster = bale_memory_try_alloc(BALE_BLOCK_SIZE, s->cluster_size);
     wc->packed = bale_memory_try_alloc(BALE_BLOCK_SIZE, s->cluster_size);
@@ -119,13 +120,24 @@ static void store_free(BaleStore *s)
     }
     bale_maintain_stop(s);
     bale_workers_free(s->workers);
-    bale_image_free(s->image);
+    g_ptr_array_free(s->images, TRUE);
+    g_hash_table_destroy(s->layers);
     bale_cache_free(s->cache);
     bale_epoch_free(s->epoch);
     bale_log_destroy(s);
     g_array_free(s->checkpoint, TRUE);
     pthread_rwlock_destroy(&s->session_lock);
     g_free(s);
+}
+
+static void store_free_image(void *image)
+{
+    bale_image_free(image);
+}
+
+static void store_free_layer(void *layer)
+{
+    bale_layer_free(layer);
 }
 
 static BaleStore *store_new(BaleDevice *dev, const BaleSuper *super,
@@ -143,6 +155,8 @@ static BaleStore *store_new(BaleDevice *dev, const BaleSuper *super,
     s->page_size = super->page_size;
     s->read_only = o->read_only;
     s->epoch = bale_epoch_new();
+    s->images = g_ptr_array_new_with_free_func(store_free_image);
+    s->layers = g_hash_table_new_full(NULL, NULL, NULL, store_free_layer);
     s->checkpoint = g_array_new(FALSE, FALSE, sizeof(BaleCheckpointRecord));
     pthread_rwlock_init(&s->session_lock, NULL);
     bale_log_init(s);
@@ -323,8 +337,7 @@ bool bale_store_create(BaleDevice *dev, const BaleCreateOptions *o,
         return false;
     }
     s = store_new(dev, &super, &open);
-    s->image = bale_image_new(s, &record, errp);
-    if (s->image && store_start(s, errp)) {
+    if (bale_image_new(s, &record, errp) && store_start(s, errp)) {
         /*
          * The superblocks are zero until the checkpoint is complete: a crash
          * before that leaves no store at all, not half of one.
@@ -512,7 +525,11 @@ bool bale_store_close(BaleStore *s, GError **errp)
     g_autoptr(GError) err = NULL;
     bool ok;
 
-    g_assert(s->image->openers == 0);
+    for (guint i = 0; i < s->images->len; i++) {
+        BaleImage *image = g_ptr_array_index(s->images, i);
+
+        g_assert(image->openers == 0);
+    }
     ok = bale_store_checkpoint(s, &err);
     store_quiesce(s);
     if (!ok && !store_failed(s) && bale_store_flush_sync(s) == 0) {

@@ -1,0 +1,233 @@
+/*
+ * Layers: sets of clusters, each with an index from cluster to record.
+ *
+ * An image shows its top layer and, where that has nothing, the layer's
+ * parent, and so on.  Only the top layer of an image changes; its parents are
+ * frozen, and may lie under several images.
+ *
+ * Invariants:
+ *  1. The index of a top layer is set only by whoever holds the cluster's
+ *     range (request.c) or session_lock for writing; a compaction moves an
+ *     entry of any layer, but only if that has not changed.
+ *  2. Each entry of an index counts as live in the page that it points at.
+ *  3. An index is exchanged as a whole when a layer outgrows it; whoever looks
+ *     into one, or goes from a layer to its parent, does so inside the epoch or
+ *     with session_lock.
+ *  4. A parent's generation is lower than its child's, so that no walk ends
+ *     where it began.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "store-internal.h"
+
+#include <errno.h>
+#include <string.h>
+
+#include "util/memory.h"
+
+BaleLayer *bale_layer_get(BaleStore *s, uint32_t id)
+{
+    return g_hash_table_lookup(s->layers, GUINT_TO_POINTER(id));
+}
+
+/* --- looking up --- */
+
+/* In the epoch. */
+static uint64_t layer_find(BaleLayer *layer, uint64_t cluster)
+{
+    BaleIndex *index = __atomic_load_n(&layer->index, __ATOMIC_ACQUIRE);
+
+    return bale_index_find(index, cluster);
+}
+
+uint64_t bale_layer_find(BaleLayer *layer, uint64_t cluster)
+{
+    BaleEpochToken token = bale_epoch_enter(layer->store->epoch);
+    uint64_t value = layer_find(layer, cluster);
+
+    bale_epoch_exit(layer->store->epoch, token);
+    return value;
+}
+
+static bool layer_chunk_used(BaleLayer *layer, uint64_t cluster)
+{
+    uint32_t *entries =
+        __atomic_load_n(&layer->chunk_entries, __ATOMIC_ACQUIRE);
+
+    return __atomic_load_n(&entries[cluster / BALE_CHUNK_CLUSTERS],
+                           __ATOMIC_RELAXED);
+}
+
+uint64_t bale_image_find(BaleImage *image, uint64_t cluster)
+{
+    BaleEpochToken token = bale_epoch_enter(image->store->epoch);
+    uint64_t value = layer_find(image->top, cluster);
+
+    bale_epoch_exit(image->store->epoch, token);
+    return value;
+}
+
+bool bale_image_chunk_used(BaleImage *image, uint64_t cluster)
+{
+    BaleEpochToken token = bale_epoch_enter(image->store->epoch);
+    bool used = layer_chunk_used(image->top, cluster);
+
+    bale_epoch_exit(image->store->epoch, token);
+    return used;
+}
+
+/* --- changing --- */
+
+int bale_layer_index_set(BaleLayer *layer, uint64_t cluster, uint64_t value,
+                         uint64_t *old)
+{
+    uint64_t was = 0;
+    uint32_t *entries = &layer->chunk_entries[cluster / BALE_CHUNK_CLUSTERS];
+    int ret = bale_index_set(layer->index, cluster, value, &was);
+
+    if (ret < 0) {
+        return ret;
+    }
+    if (!was && value) {
+        __atomic_fetch_add(entries, 1, __ATOMIC_RELAXED);
+    } else if (was && !value) {
+        __atomic_fetch_sub(entries, 1, __ATOMIC_RELAXED);
+    }
+    if (old) {
+        *old = was;
+    }
+    return 0;
+}
+
+void bale_layer_account_old(BaleLayer *layer, uint64_t cluster, uint64_t old)
+{
+    BaleStore *s = layer->store;
+
+    if (s->cache) {
+        bale_cache_drop(s->cache, cluster);
+    }
+    if (old) {
+        pthread_mutex_lock(&s->log_lock);
+        bale_page_live_sub(s, bale_value_address(old),
+                           bale_value_live(old, s->cluster_size));
+        pthread_mutex_unlock(&s->log_lock);
+    }
+}
+
+void bale_layer_index_move(BaleLayer *layer, uint64_t cluster, uint64_t value,
+                           uint64_t copy)
+{
+    uint64_t gone = value;
+
+    if (bale_index_update(layer->index, cluster, value, copy, NULL) < 0) {
+        gone = copy; /* somebody was faster: the copy is garbage */
+    }
+    bale_layer_account_old(layer, cluster, gone);
+}
+
+static bool layer_removed(uint64_t cluster, uint64_t value, void *opaque)
+{
+    BaleLayer *layer = opaque;
+
+    __atomic_fetch_sub(&layer->chunk_entries[cluster / BALE_CHUNK_CLUSTERS],
+                       1, __ATOMIC_RELAXED);
+    /* During recovery live bytes are not counted yet. */
+    if (layer->store->session) {
+        bale_layer_account_old(layer, cluster, value);
+    }
+    return true;
+}
+
+void bale_layer_clear_from(BaleLayer *layer, uint64_t cluster)
+{
+    bale_index_remove_from(layer->index, cluster, layer_removed, layer);
+}
+
+/* --- making, resizing, freeing --- */
+
+static void layer_retire_index(void *opaque)
+{
+    bale_index_free(opaque);
+}
+
+/* Key bits of an index for @clusters, with room to grow a little. */
+static unsigned layer_key_bits(uint64_t clusters)
+{
+    unsigned bits = 1;
+
+    while (bits < BALE_INDEX_KEY_BITS_MAX && clusters >> bits) {
+        bits++;
+    }
+    return MIN(bits + 2, BALE_INDEX_KEY_BITS_MAX);
+}
+
+static bool layer_copy_entry(uint64_t cluster, uint64_t value, void *opaque)
+{
+    return bale_index_set(opaque, cluster, value, NULL) == 0;
+}
+
+uint64_t bale_layer_clusters(const BaleLayer *layer)
+{
+    return bale_size_clusters(layer->size, layer->store->cluster_size);
+}
+
+int bale_layer_set_size(BaleLayer *layer, uint64_t size)
+{
+    BaleStore *s = layer->store;
+    uint64_t clusters = bale_size_clusters(size, s->cluster_size);
+    uint64_t chunks = clusters / BALE_CHUNK_CLUSTERS + 1;
+    unsigned key_bits = layer_key_bits(chunks * BALE_CHUNK_CLUSTERS);
+
+    if (!layer->index || chunks > layer->chunks) {
+        uint32_t *entries = g_try_new0(uint32_t, chunks);
+        BaleIndex *index = bale_index_new(key_bits, 0, s->epoch);
+        BaleIndex *old = layer->index;
+
+        if (!entries || !index ||
+            (old && !bale_index_foreach(old, layer_copy_entry, index))) {
+            g_free(entries);
+            bale_index_free(index);
+            return -ENOMEM;
+        }
+        if (old) {
+            uint32_t *old_entries = layer->chunk_entries;
+
+            memcpy(entries, old_entries, layer->chunks * sizeof(*entries));
+            __atomic_store_n(&layer->chunk_entries, entries,
+                             __ATOMIC_RELEASE);
+            __atomic_store_n(&layer->index, index, __ATOMIC_RELEASE);
+            bale_epoch_defer(s->epoch, layer_retire_index, old);
+            bale_epoch_defer(s->epoch, g_free, old_entries);
+            bale_epoch_poll(s->epoch);
+        } else {
+            layer->chunk_entries = entries;
+            layer->index = index;
+        }
+        layer->chunks = chunks;
+    }
+    layer->size = size;
+    return 0;
+}
+
+BaleLayer *bale_layer_new(BaleStore *s, uint32_t id, uint64_t size)
+{
+    BaleLayer *layer = g_new0(BaleLayer, 1);
+
+    layer->store = s;
+    layer->id = id;
+    if (bale_layer_set_size(layer, size) < 0) {
+        bale_layer_free(layer);
+        return NULL;
+    }
+    g_hash_table_insert(s->layers, GUINT_TO_POINTER(id), layer);
+    return layer;
+}
+
+void bale_layer_free(BaleLayer *layer)
+{
+    if (layer) {
+        bale_index_free(layer->index);
+        g_free(layer->chunk_entries);
+        g_free(layer);
+    }
+}
