@@ -64,6 +64,8 @@ typedef struct BDRVBaleState {
     char *node_name;
     char *filename; /* of the file that the store is in */
     int damage_reports; /* atomic */
+
+    CoMutex revive_lock; /* one attempt at a time */
 } BDRVBaleState;
 
 BaleStore *bale_bs_store(BlockDriverState *bs)
@@ -105,8 +107,9 @@ static void notice_bh(void *opaque)
         qapi_event_send_block_image_corrupted("", true, n->node_name, n->text,
                                               false, 0, false, 0, false);
     } else {
-        error_report("bale: '%s': %s; it takes no more writes until it was "
-                     "closed and opened again", n->filename, n->text);
+        error_report("bale: '%s': %s; it takes no more writes until "
+                     "everything that was not flushed could be written again",
+                     n->filename, n->text);
         qapi_event_send_block_image_corrupted("", true, n->node_name, n->text,
                                               false, 0, false, 0, true);
     }
@@ -132,6 +135,22 @@ static void notice_send(BDRVBaleState *s, const char *text, bool damage,
 static void notice_failed(void *opaque, const char *reason)
 {
     notice_send(opaque, reason, false, false);
+}
+
+static void notice_revived_bh(void *opaque)
+{
+    g_autofree char *filename = opaque;
+
+    warn_report("bale: '%s': everything that was not flushed was written "
+                "again; the store takes writes", filename);
+}
+
+static void notice_revived(void *opaque)
+{
+    BDRVBaleState *s = opaque;
+
+    aio_bh_schedule_oneshot(qemu_get_aio_context(), notice_revived_bh,
+                            g_strdup(s->filename));
 }
 
 static void notice_damage(void *opaque, const char *what)
@@ -284,6 +303,7 @@ static int engine_open(BlockDriverState *bs, bool read_only,
             .workers = s->workers,
             .cache_size = s->cache_size,
             .failed = notice_failed,
+            .revived = notice_revived,
             .damage = notice_damage,
             .notify_opaque = s,
         },
@@ -310,6 +330,7 @@ static int engine_open(BlockDriverState *bs, bool read_only,
     s->read_only = read_only;
     s->corrupt = o.info.corrupt;
     qatomic_set(&s->damage_reports, 0);
+    qemu_co_mutex_init(&s->revive_lock);
     bale_image_set_backing_read(s->image, backing_read, bs);
     bale_image_set_backing_present(s->image, backing_present);
     if (info) {
@@ -580,6 +601,34 @@ static void request_begin(BlockDriverState *bs)
     bale_bdrv_device_kick(s->dev);
 }
 
+static void revive_thread(void *opaque)
+{
+    BDRVBaleState *s = opaque;
+    g_autoptr(GError) err = NULL;
+
+    /* What it says is as good as the error of the request that follows. */
+    bale_store_revive(s->store, &err);
+}
+
+/*
+ * Before each request that changes something.  A VM that was stopped by an
+ * error goes on when somebody has mended the disk, and repeats the request:
+ * that must be able to succeed without opening the image again.
+ */
+static void coroutine_fn change_begin(BlockDriverState *bs)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    request_begin(bs);
+    if (bale_store_poisoned(s->store)) {
+        qemu_co_mutex_lock(&s->revive_lock);
+        if (bale_store_poisoned(s->store)) {
+            bale_bridge_run(NULL, revive_thread, s);
+        }
+        qemu_co_mutex_unlock(&s->revive_lock);
+    }
+}
+
 /*
  * Submit the read of a part of @qiov.  @slice holds the vector until the
  * request is complete and is then the caller's to destroy.
@@ -706,7 +755,7 @@ static int coroutine_fn bale_co_pwritev_part(BlockDriverState *bs,
     if (bytes == 0) {
         return 0;
     }
-    request_begin(bs);
+    change_begin(bs);
     qemu_iovec_init_slice(&slice, qiov, qiov_offset, bytes);
     bale_co_request_init(&req);
     bale_co_request_add(&req);
@@ -768,7 +817,7 @@ static int coroutine_fn bale_co_pwrite_zeroes(BlockDriverState *bs,
     uint64_t size = bale_image_size(s->image);
     unsigned zero_flags = flags & BDRV_REQ_FUA ? BALE_FUA : 0;
 
-    request_begin(bs);
+    change_begin(bs);
     if (flags & BDRV_REQ_MAY_UNMAP) {
         zero_flags |= discard_flags(bs);
     }
@@ -786,7 +835,7 @@ static int coroutine_fn bale_co_pdiscard(BlockDriverState *bs, int64_t offset,
     uint64_t size = bale_image_size(s->image);
     uint64_t end = MIN((uint64_t)offset + bytes, size);
 
-    request_begin(bs);
+    change_begin(bs);
     if ((uint64_t)offset >= end) {
         return 0;
     }
@@ -806,7 +855,7 @@ static int coroutine_fn bale_co_flush_to_disk(BlockDriverState *bs)
     if (s->read_only) {
         return 0;
     }
-    request_begin(bs);
+    change_begin(bs);
     bale_co_request_init(&req);
     bale_co_request_add(&req);
     bale_store_flush(s->store, bale_co_request_done, &req);

@@ -83,61 +83,6 @@ int bale_supers_write(BaleStore *s)
     return ret;
 }
 
-/*
- * Write again, in place, what the page holds behind its proven end.  Recovery
- * has read it, but a flush that failed in an earlier process may have left it
- * in a cache that no later flush writes.  The bytes are the same, so a torn
- * write changes nothing.
- */
-static int session_prove_page(BaleStore *s, uint64_t page, uint8_t *buf)
-{
-    BalePage *p = bale_page(s, page);
-    BalePageHeader header = { p->bucket, page, p->version, p->first_seq,
-                              false };
-    uint64_t proven = p->proven;
-    uint64_t end = p->end;
-    uint64_t at = bale_align_down(proven, BALE_BLOCK_SIZE);
-    int ret = 0;
-
-    while (ret == 0 && at < end) {
-        uint64_t n = MIN(bale_align_up(end - at, BALE_BLOCK_SIZE),
-                         WRITE_BUFFER_SIZE);
-
-        ret = bale_device_get_sync(s->dev, page_address(s, page) + at, buf,
-                                   n);
-        if (ret == 0) {
-            if (at == 0) {
-                /* The page's first write was torn, and this may be missing. */
-                bale_page_header_encode(&header, s->identity, buf);
-            }
-            ret = bale_device_store_sync(s->dev, page_address(s, page) + at,
-                                         buf, n);
-        }
-        at += n;
-    }
-    return ret;
-}
-
-/* No page changes: there is no session yet, and we hold session_lock. */
-static int session_prove(BaleStore *s)
-{
-    BALE_AUTO_MEMORY uint8_t *buf = NULL;
-    int ret = 0;
-
-    for (uint64_t i = 0; ret == 0 && i < s->pages->len; i++) {
-        BalePage *p = bale_page(s, i);
-
-        if (p->version && p->proven < p->end) {
-            if (!buf) {
-                buf = bale_memory_try_alloc(BALE_BLOCK_SIZE,
-                                            WRITE_BUFFER_SIZE);
-            }
-            ret = buf ? session_prove_page(s, i, buf) : -ENOMEM;
-        }
-    }
-    return ret;
-}
-
 int bale_session_begin(BaleStore *s)
 {
     int ret;
@@ -160,7 +105,7 @@ int bale_session_begin(BaleStore *s)
         return 0;
     }
     /* What recovery found must not be lost behind what we write now. */
-    ret = BALE_PLANTED(tail_not_proven) ? 0 : session_prove(s);
+    ret = BALE_PLANTED(tail_not_proven) ? 0 : bale_log_prove_again(s);
     if (ret < 0) {
         return ret;
     }

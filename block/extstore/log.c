@@ -401,6 +401,24 @@ void bale_store_poison(BaleStore *s, int err, const char *what)
     }
 }
 
+/* In order of sealing: stable means everything before, too. */
+static void log_retire(BaleStore *s)
+{
+    BaleWriteBuffer *wb;
+
+    while ((wb = g_queue_peek_head(&s->in_flight)) && wb->stable) {
+        UnprovenEnd *u = g_new(UnprovenEnd, 1);
+
+        s->stable_end += wb->len;
+        *u = (UnprovenEnd){ wb->id, wb->page, wb->version,
+                            wb->offset + wb->len, s->stable_end };
+        g_queue_push_tail(&s->unproven, u);
+        g_queue_pop_head(&s->in_flight);
+        wb->id = 0;
+        buffer_recycle(wb);
+    }
+}
+
 static void log_stored(BaleDeviceIo *io, int ret)
 {
     BaleWriteBuffer *wb = (BaleWriteBuffer *)((char *)io -
@@ -420,19 +438,8 @@ static void log_stored(BaleDeviceIo *io, int ret)
     p->in_flight--;
     bale_page_consider(s, wb->page);
 
-    /* Retire in order of sealing: stable means everything before, too. */
     wb->stable = true;
-    while ((wb = g_queue_peek_head(&s->in_flight)) && wb->stable) {
-        UnprovenEnd *u = g_new(UnprovenEnd, 1);
-
-        s->stable_end += wb->len;
-        *u = (UnprovenEnd){ wb->id, wb->page, wb->version,
-                            wb->offset + wb->len, s->stable_end };
-        g_queue_push_tail(&s->unproven, u);
-        g_queue_pop_head(&s->in_flight);
-        wb->id = 0;
-        buffer_recycle(wb);
-    }
+    log_retire(s);
     flush = flush_due(s);
     pthread_cond_broadcast(&s->log_cond);
     pthread_mutex_unlock(&s->log_lock);
@@ -471,11 +478,13 @@ static void log_flushed(BaleDeviceIo *io, int ret)
         log_flush_device(s);
         return;
     }
+    pthread_mutex_lock(&s->log_lock);
     if (ret < 0 && !BALE_PLANTED(flush_error_ignored)) {
+        s->flushing = false;
+        pthread_mutex_unlock(&s->log_lock);
         bale_store_poison(s, ret, "flushing the device");
         return;
     }
-    pthread_mutex_lock(&s->log_lock);
     g_assert(s->flushing && s->flushing_id >= s->durable_id);
     s->flushing = false;
     s->durable_id = s->flushing_id;
@@ -506,6 +515,70 @@ static void log_flushed(BaleDeviceIo *io, int ret)
         w->done(w->opaque, 0);
         g_free(w);
     }
+}
+
+/* --- after a failure; revive.c tells the whole --- */
+
+static bool log_settled(BaleStore *s)
+{
+    for (GList *l = s->in_flight.head; l; l = l->next) {
+        BaleWriteBuffer *wb = l->data;
+
+        if (!wb->stable && !wb->failed) {
+            return false;
+        }
+    }
+    return !s->flushing;
+}
+
+void bale_log_settle(BaleStore *s)
+{
+    pthread_mutex_lock(&s->log_lock);
+    while (!log_settled(s)) {
+        pthread_cond_wait(&s->log_cond, &s->log_lock);
+    }
+    pthread_mutex_unlock(&s->log_lock);
+}
+
+BaleWriteBuffer *bale_log_sealed(BaleStore *s, uint64_t page, uint64_t offset)
+{
+    BaleWriteBuffer *found = NULL;
+
+    pthread_mutex_lock(&s->log_lock);
+    for (GList *l = s->in_flight.head; l && !found; l = l->next) {
+        BaleWriteBuffer *wb = l->data;
+
+        if (wb->page == page && wb->offset + wb->segment == offset) {
+            found = wb;
+        }
+    }
+    pthread_mutex_unlock(&s->log_lock);
+    return found;
+}
+
+void bale_log_revived(BaleStore *s)
+{
+    pthread_mutex_lock(&s->log_lock);
+    for (GList *l = s->in_flight.head; l; l = l->next) {
+        BaleWriteBuffer *wb = l->data;
+
+        if (wb->failed) {
+            wb->failed = false;
+            bale_page(s, wb->page)->in_flight--;
+        }
+        wb->stable = true;
+    }
+    log_retire(s);
+    s->durable_id = s->sealed_id;
+    s->flushed_request = s->flush_request;
+    s->stats.device_flushes++;
+    s->stats.revivals++;
+    log_prove(s);
+    /* No lock orders this: who sees the store well again may go on. */
+    __atomic_store_n(&s->failed, 0, __ATOMIC_RELEASE);
+    bale_page_revived(s);
+    pthread_cond_broadcast(&s->log_cond);
+    pthread_mutex_unlock(&s->log_lock);
 }
 
 /* --- the interface --- */

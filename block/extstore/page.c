@@ -184,6 +184,25 @@ void bale_page_flushed(BaleStore *s)
 }
 
 /*
+ * A failed store is well again; everything behind the last flush is durable.
+ * But a mark that was written since may be lost: it is written again.
+ */
+void bale_page_revived(BaleStore *s)
+{
+    for (guint i = 0; i < s->dying_pages->len; i++) {
+        BalePage *p = bale_page(s, g_array_index(s->dying_pages, uint64_t,
+                                                 i));
+
+        if (p->state == BALE_PAGE_MARKED) {
+            p->state = BALE_PAGE_MARKING;
+        }
+    }
+    bale_page_flushed(s);
+    bale_page_consider_all(s);
+    bale_maintain_signal(s, s->dying_pages->len > 0, true);
+}
+
+/*
  * Take a free page, or a new one at the end of the device.  The last ones are
  * kept for discarding, compacting and closing.
  */

@@ -13,6 +13,7 @@
  *     checkpoint.c  writes a checkpoint and superblocks
  *     store.c       create, open, close
  *     stats.c       what it tells about itself in numbers
+ *     revive.c      writes again what a failed store had not made durable
  *     compact.c     moves what is live out of fragmented pages
  *     maintain.c    the thread that compacts and gives pages back
  *     check.c       check and repair
@@ -288,6 +289,7 @@ void bale_page_consider(BaleStore *s, uint64_t page);
 void bale_page_consider_all(BaleStore *s);
 /* A flush request has completed: move dying pages on. */
 void bale_page_flushed(BaleStore *s);
+void bale_page_revived(BaleStore *s);
 /* Rebuild the stack of free pages from the states of the pages. */
 void bale_page_free_list_rebuild(BaleStore *s);
 uint64_t bale_page_device_pages(BaleStore *s);
@@ -341,6 +343,15 @@ const uint8_t *bale_log_pin(BaleStore *s, uint64_t address,
                             BaleWriteBuffer **pinned, size_t *avail);
 void bale_log_unpin(BaleStore *s, BaleWriteBuffer *wb);
 void bale_store_poison(BaleStore *s, int err, const char *what);
+/* For revive.c: wait until no write and no flush of the log is under way. */
+void bale_log_settle(BaleStore *s);
+/* The sealed buffer whose segment begins at @offset of @page, or NULL. */
+BaleWriteBuffer *bale_log_sealed(BaleStore *s, uint64_t page, uint64_t offset);
+/* Everything sealed is durable, and the store not poisoned any more. */
+void bale_log_revived(BaleStore *s);
+
+/* revive.c: with session_lock held for writing; 0 or a negative errno */
+int bale_log_prove_again(BaleStore *s);
 
 /* checkpoint.c */
 int bale_session_begin(BaleStore *s);

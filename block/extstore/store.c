@@ -556,6 +556,11 @@ BaleDevice *bale_store_device(BaleStore *s)
     return s->dev;
 }
 
+bool bale_store_poisoned(BaleStore *s)
+{
+    return store_failed(s);
+}
+
 void bale_store_get_info(BaleStore *s, BaleStoreInfo *info)
 {
     /* No lock: who holds session_lock may wait for the caller's thread. */

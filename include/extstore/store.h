@@ -17,7 +17,8 @@
  * - A full store answers -ENOSPC, to the request that found no room.
  * - The first failed device flush or write-back poisons the open store: from
  *   then on writes and flushes fail with -EIO, and reads serve verified data
- *   only, until the store was closed and opened again.
+ *   only, until the store was closed and opened again or bale_store_revive()
+ *   has written everything again that was not durable yet.
  *
  * Threads
  * - Requests (read, write, zero, flush) may be submitted from any thread and
@@ -108,8 +109,11 @@ bool bale_create_options_check(const BaleCreateOptions *o, GError **errp);
 bool bale_store_create(BaleDevice *dev, const BaleCreateOptions *o,
                        GError **errp);
 
-/* Called once per open store, from an engine thread, when it is poisoned. */
+/* Called from an engine thread when the store is poisoned. */
 typedef void BaleFailedNotify(void *opaque, const char *reason);
+
+/* Called from the thread in which bale_store_revive() was successful. */
+typedef void BaleRevivedNotify(void *opaque);
 
 /* Called from an engine thread when damage is found while serving a request. */
 typedef void BaleDamageNotify(void *opaque, const char *what);
@@ -123,6 +127,7 @@ typedef struct BaleOpenOptions {
     uint64_t cache_size;     /* bytes of decompressed clusters kept; 0: none;
                               * BALE_CACHE_SIZE_DEFAULT is a good start */
     BaleFailedNotify *failed; /* optional */
+    BaleRevivedNotify *revived; /* optional */
     BaleDamageNotify *damage; /* optional */
     void *notify_opaque;
 } BaleOpenOptions;
@@ -150,6 +155,20 @@ bool bale_store_close(BaleStore *store, GError **errp);
  * closed store.  The next write request opens it for writing again.
  */
 bool bale_store_checkpoint(BaleStore *store, GError **errp);
+
+/* Is the store poisoned?  Any thread; does not block. */
+bool bale_store_poisoned(BaleStore *store);
+
+/*
+ * Make a poisoned store well again without closing it.  A failed flush is not
+ * tried again: everything that no flush has proven is written again, from
+ * memory or from what the device still holds of it, if that verifies; then the
+ * device is flushed.  When this returns true nothing that was acknowledged is
+ * lost, it is all durable but for what still waits in the mutable region, and
+ * requests work.  When it returns false, with @errp set, the store is poisoned
+ * as before.  Does nothing to a store that is well.  May block on the device.
+ */
+bool bale_store_revive(BaleStore *store, GError **errp);
 
 /*
  * Change between reading and writing.  To read-only: checkpoints first.  The
@@ -224,7 +243,7 @@ typedef struct BaleStoreStats {
     uint64_t logical_bytes;            /* guest bytes compressed */
     uint64_t stored_bytes;             /* record bytes appended for them */
     uint64_t segments, segment_bytes, padding_bytes;
-    uint64_t flushes, device_flushes;
+    uint64_t flushes, device_flushes, revivals;
     uint64_t write_amplification_permille; /* segment_bytes, with padding,
                                         * directories, checkpoints and copies,
                                         * per 1000 stored_bytes */

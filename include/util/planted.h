@@ -43,6 +43,7 @@ enum {
     BALE_PLANTED_cut_early,
     BALE_PLANTED_tail_not_proven,
     BALE_PLANTED_damage_unreported,
+    BALE_PLANTED_revive_unwritten,
 };
 
 #ifndef BALE_PLANTED_BUG

@@ -123,7 +123,8 @@ static bool step_changes(char step)
 
 /*
  * The steps, whatever happens to them.  After the store said that it had
- * failed nothing may succeed that makes something durable.
+ * failed nothing may succeed that makes something durable, before the store was
+ * opened again or (with odd seeds) could be revived.
  */
 static void fault_steps(World *w, const Case *c, const FaultRun *run)
 {
@@ -136,6 +137,9 @@ static void fault_steps(World *w, const Case *c, const FaultRun *run)
             if (!world_open(w)) {
                 continue;
             }
+        }
+        if (poisoned && c->seed % 2) {
+            poisoned = !world_revive(w);
         }
         ok = world_step(w, *p);
         if (!w->store) {

@@ -146,6 +146,8 @@ void world_fill(const World *w, uint8_t *buf, unsigned sector, unsigned n,
                 uint32_t value);
 uint32_t world_value(const World *w, const uint8_t *buf, unsigned sector);
 bool world_poisoned(World *w);
+/* Let the poisoned store write everything again; is it well now? */
+bool world_revive(World *w);
 const char *backing_name(uint32_t number);
 uint32_t backing_number(const char *name);
 

@@ -372,6 +372,15 @@ bool world_poisoned(World *w)
     return info.poisoned;
 }
 
+bool world_revive(World *w)
+{
+    g_autoptr(GError) err = NULL;
+    bool ok = bale_store_revive(w->store, &err);
+
+    world_tell(w, "  revive: %s\n", ok ? "well again" : err->message);
+    return ok;
+}
+
 /* --- steps --- */
 
 const char *step_describe(char step)

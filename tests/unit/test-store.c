@@ -43,7 +43,10 @@ static void fixture_open(Fixture *f, bool read_only)
     g_autoptr(GError) err = NULL;
 
     f->open.read_only = read_only;
-    f->open.failed = f->open.damage = fixture_complain;
+    f->open.damage = fixture_complain;
+    if (!f->open.failed) {
+        f->open.failed = fixture_complain;
+    }
     f->store = bale_store_open(f->dev, &f->open, &err);
     g_assert_no_error(err);
     g_assert_nonnull(f->store);
@@ -197,6 +200,71 @@ static void test_kill_after_flush(void)
     bale_store_get_info(f.store, &info);
     g_assert_false(info.clean);
     g_assert_cmpuint(info.recovered_records, >, 0);
+    g_assert_cmpuint(info.damaged_records, ==, 0);
+    check_equal(&f, model, IMAGE_SIZE);
+    check_clean(&f);
+    fixture_close(&f);
+}
+
+static void count_failure(void *opaque, const char *what)
+{
+    ++*(int *)opaque;
+}
+
+/* After a failed write and a failed flush a store can be well again, and what
+ * it then flushes survives a power cut. */
+static void test_revive(void)
+{
+    g_autofree uint8_t *model = g_malloc0(IMAGE_SIZE);
+    g_autoptr(GRand) rand = g_rand_new_with_seed(4);
+    static const BaleSimCall calls[] = { BALE_SIM_STORE, BALE_SIM_FLUSH };
+    g_autoptr(GError) err = NULL;
+    BaleStoreInfo info;
+    int failures = 0;
+    Fixture f;
+
+    fixture_init(&f, BALE_CODEC_ZSTD);
+    fixture_close(&f);
+    f.sim.no_history = false;
+    f.dev = bale_sim_new(&f.sim);
+    f.open.failed = count_failure;
+    f.open.notify_opaque = &failures;
+    g_assert_true(bale_store_create(f.dev, &f.create, &err));
+    fixture_open(&f, false);
+    for (unsigned i = 0; i < G_N_ELEMENTS(calls); i++) {
+        uint64_t pos = (1 + 2 * i) << 20;
+        BaleSimFault fault = { .call = calls[i], .error = -EIO,
+                               .sticky = true };
+
+        fill_random(rand, model + pos, 300000);
+        g_assert_cmpint(bale_image_write_sync(f.image, pos, model + pos,
+                                              300000, 0), ==, 0);
+        bale_sim_fault(f.dev, &fault);
+        g_assert_cmpint(bale_store_flush_sync(f.store), ==, -EIO);
+        g_assert_true(bale_store_poisoned(f.store));
+        g_assert_cmpint(bale_image_write_sync(f.image, 0, model, 65536, 0),
+                        ==, -EIO);
+        g_assert_false(bale_store_revive(f.store, &err));
+        g_clear_error(&err);
+        g_assert_true(bale_store_poisoned(f.store));
+        check_equal(&f, model, IMAGE_SIZE);
+
+        bale_sim_faults_clear(f.dev);
+        g_assert_true(bale_store_revive(f.store, &err));
+        g_assert_no_error(err);
+        g_assert_false(bale_store_poisoned(f.store));
+        g_assert_cmpint(bale_store_flush_sync(f.store), ==, 0);
+        check_equal(&f, model, IMAGE_SIZE);
+    }
+    g_assert_cmpint(failures, ==, 2);
+    {
+        g_autoptr(BaleSimImage) cut = bale_sim_durable_image(f.dev);
+
+        fixture_close(&f);
+        f.dev = bale_sim_new_from_image(cut, &f.sim);
+    }
+    fixture_open(&f, false);
+    bale_store_get_info(f.store, &info);
     g_assert_cmpuint(info.damaged_records, ==, 0);
     check_equal(&f, model, IMAGE_SIZE);
     check_clean(&f);
@@ -609,6 +677,7 @@ int main(int argc, char **argv)
     g_test_add_func("/store/empty-reads-zeroes", test_empty_reads_zeroes);
     g_test_add_func("/store/write-read-reopen", test_write_read_reopen);
     g_test_add_func("/store/kill-after-flush", test_kill_after_flush);
+    g_test_add_func("/store/revive", test_revive);
     g_test_add_func("/store/read-only-writes-nothing",
                     test_read_only_writes_nothing);
     g_test_add_func("/store/overwrites-give-space-back",
