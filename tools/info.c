@@ -52,6 +52,7 @@ static const Counter store_counters[] = {
     STORE_COUNTER("write-amplification-permille", write_amplification_permille),
     STORE_COUNTER("flushes", flushes),
     STORE_COUNTER("device-flushes", device_flushes),
+    STORE_COUNTER("revivals", revivals),
     STORE_COUNTER("reads", reads),
     STORE_COUNTER("read-bytes", read_bytes),
     STORE_COUNTER("writes", writes),
