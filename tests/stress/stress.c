@@ -23,7 +23,8 @@
  *   it from the newest proven one on; never what is older than that.
  *
  * Failed requests are noted as such and prove nothing.  Without --errors the
- * first one ends the program with status 1.
+ * first one ends the program with status 1; with it a store that is poisoned is
+ * revived again and again.
  *
  * Threads: a lane's fields have one writer, but for `durable`, which only
  * grows.  SPDX-License-Identifier: GPL-2.0-or-later
@@ -48,7 +49,8 @@
 #define OPS_MAX 16384u          /* of a lane in a session */
 #define PHASE_OPS_MAX 400u      /* of a lane from open to close */
 #define WRITE_SECTORS_MAX 512u
-#define ERRORS_MAX 40u          /* of a lane, before it gives up */
+#define ERRORS_MAX 2000u        /* of a lane, before it gives up */
+#define ERROR_PAUSE_US 1000     /* before a lane's next request */
 #define STATE_MAGIC 0x73736572747342ull
 #define ZERO_BASE UINT64_MAX    /* base of a sector that reads as zeroes */
 
@@ -201,6 +203,7 @@ static void lane_error(LaneRun *lane, const char *what, int ret)
         load->failed = true;
         load->phase_over = true;
     }
+    g_usleep(ERROR_PAUSE_US);
 }
 
 static void durable_raise(Lane *lane, uint32_t count)
@@ -356,6 +359,11 @@ static void *maintain_main(void *opaque)
         bool good;
 
         g_usleep(1000 + below(&random, 20000));
+        if (bale_store_poisoned(load->store)) {
+            /* Only with --errors does anybody get here more than once. */
+            bale_store_revive(load->store, NULL);
+            continue;
+        }
         good = opt_compact && below(&random, 2)
                    ? bale_store_compact(load->store, &compact, &err)
                    : bale_store_checkpoint(load->store, &err);
