@@ -16,6 +16,7 @@
  */
 #include "qemu/osdep.h"
 #include "block/aio.h"
+#include "monitor/monitor.h"
 #include "qapi/qapi-emit-events.h"
 #include "qapi/qapi-events-block-core.h"
 #include "qapi/qmp/qdict.h"
@@ -120,6 +121,8 @@ typedef struct Notice {
 static void notice_bh(void *opaque)
 {
     Notice *n = opaque;
+    /* To the log, and not to a monitor whose command happens to wait. */
+    Monitor *monitor = monitor_set_cur(qemu_coroutine_self(), NULL);
 
     switch (n->kind) {
     case NOTICE_FAILED:
@@ -140,6 +143,7 @@ static void notice_bh(void *opaque)
                                               false, 0, false, 0, false);
         break;
     }
+    monitor_set_cur(qemu_coroutine_self(), monitor);
     g_free(n->node_name);
     g_free(n->filename);
     g_free(n->text);
