@@ -133,7 +133,7 @@ static CacheEntry *cache_take_entry(BaleCache *cache)
     return e;
 }
 
-void bale_cache_put(BaleCache *cache, BaleIndex *index, uint64_t cluster,
+void bale_cache_put(BaleCache *cache, BaleImage *image, uint64_t cluster,
                     uint64_t value, const void *data)
 {
     CacheEntry *e;
@@ -144,7 +144,7 @@ void bale_cache_put(BaleCache *cache, BaleIndex *index, uint64_t cluster,
         cache_remove(cache, e);
     }
     /* A writer that comes later drops it again: see invariant 2. */
-    if (bale_index_find(index, cluster) == value) {
+    if (bale_image_find(image, cluster) == value) {
         e = cache_take_entry(cache);
         if (e) {
             e->cluster = cluster;

@@ -96,7 +96,8 @@ static void check_window(Check *c, BaleImage *image, uint64_t begin,
         uint64_t len = MIN(s->cluster_size, end - pos);
         int ret = bale_image_read_sync(image, pos, buf, len);
 
-        if (ret < 0) {
+        if (ret < 0 && !__atomic_load_n(&image->top->gone,
+                                        __ATOMIC_ACQUIRE)) {
             uint64_t cluster = pos >> s->cluster_bits;
             uint64_t value = bale_image_find(image, cluster);
             uint64_t address = bale_value_address(value) - BALE_SUPER_SIZE;
@@ -160,6 +161,85 @@ static bool check_clusters(Check *c, BaleImage *image, GError **errp)
         }
     }
     return true;
+}
+
+/* What to call layer @id in a report. */
+static void check_name_layer(BaleStore *s, uint32_t id, char *name,
+                             size_t len)
+{
+    g_snprintf(name, len, "layer %" PRIu32, id);
+    for (guint i = 0; i < s->catalogue->snapshots->len; i++) {
+        BaleSnapshotEntry *e = &g_array_index(s->catalogue->snapshots,
+                                              BaleSnapshotEntry, i);
+        BaleImageEntry *image = bale_catalogue_image(s->catalogue, e->image);
+
+        if (e->layer == id) {
+            g_snprintf(name, len, "%s@%s", image->name, e->name);
+        }
+    }
+    for (guint i = 0; i < s->catalogue->images->len; i++) {
+        BaleImageEntry *e = &g_array_index(s->catalogue->images,
+                                           BaleImageEntry, i);
+
+        if (e->layer == id) {
+            g_strlcpy(name, e->name, len);
+        }
+    }
+}
+
+/* An image that shows only what layer @id has itself; NULL: it is gone. */
+static BaleImage *check_open_layer(Check *c, uint32_t id, GError **errp)
+{
+    BaleStore *s = c->s;
+    BaleImage *image = NULL;
+    BaleLayer *layer;
+
+    pthread_mutex_lock(&s->admin_lock);
+    layer = bale_layer_get(s, id);
+    if (layer) {
+        image = bale_image_new(s, layer, errp);
+    }
+    if (image) {
+        image->own_only = true;
+        __atomic_add_fetch(&layer->refs, 1, __ATOMIC_RELAXED);
+        check_name_layer(s, id, image->record.name,
+                         sizeof(image->record.name));
+    }
+    pthread_mutex_unlock(&s->admin_lock);
+    return image;
+}
+
+/* Each layer once, however many images show it. */
+static bool check_layers(Check *c, GError **errp)
+{
+    BaleStore *s = c->s;
+    g_autofree uint32_t *ids = NULL;
+    bool ok = true;
+    guint n;
+
+    pthread_mutex_lock(&s->admin_lock);
+    n = s->catalogue->layers->len;
+    ids = g_new(uint32_t, n);
+    for (guint i = 0; i < n; i++) {
+        ids[i] = g_array_index(s->catalogue->layers, BaleLayerEntry, i).id;
+    }
+    pthread_mutex_unlock(&s->admin_lock);
+    for (guint i = 0; ok && i < n && !c->stopped; i++) {
+        GError *err = NULL;
+        BaleImage *image = check_open_layer(c, ids[i], &err);
+
+        if (image) {
+            ok = check_clusters(c, image, errp);
+            /* Its requests have ended, and so has read-ahead. */
+            bale_store_quiesce(s);
+            bale_layer_unref_later(image->top);
+            bale_image_free(image);
+        } else if (err) {
+            g_propagate_error(errp, err);
+            ok = false;
+        }
+    }
+    return ok;
 }
 
 /* --- counters --- */
@@ -314,10 +394,5 @@ bool bale_store_check(BaleStore *s, unsigned flags, BaleCheckReport *report,
     if (flags & (BALE_CHECK_FIX_LEAKS | BALE_CHECK_FIX_ALL)) {
         check_free_leaks(&c);
     }
-    for (guint i = 0; i < s->images->len; i++) {
-        if (!check_clusters(&c, g_ptr_array_index(s->images, i), errp)) {
-            return false;
-        }
-    }
-    return true;
+    return check_layers(&c, errp);
 }

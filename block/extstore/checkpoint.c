@@ -410,8 +410,6 @@ static void checkpoint_forget(BaleStore *s, GArray *records)
 bool bale_checkpoint_write(BaleStore *s, GError **errp)
 {
     CheckpointWriter w = { .s = s };
-    BaleImage *image = g_ptr_array_index(s->images, 0);
-    BaleImageRecord record;
     BalePart part = { .kind = BALE_PART_IMAGE }, root = { .kind = 0 };
     uint64_t page, offset;
     int ret;
@@ -426,18 +424,17 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
     }
     if (ret == 0) {
         /* Written anew each time, so that it pins no page for ever. */
-        record = image->record;
-        ret = bale_image_record_append(image, &record, false);
+        ret = bale_catalogue_append(s, s->catalogue, false);
     }
     if (ret == 0) {
         /* And twice, in two blocks: without it nothing can be opened. */
         bale_log_seal(s, BALE_BUCKET_META);
-        ret = bale_image_record_append(image, &record, false);
+        ret = bale_catalogue_append(s, s->catalogue, false);
     }
     if (ret == 0) {
         bale_log_seal(s, BALE_BUCKET_META);
-        part.address = image->record_address;
-        part.a = record.id;
+        part.address = s->catalogue_address;
+        part.a = 1;
         pthread_mutex_lock(&s->log_lock);
         bale_address_split(s, part.address, &page, &offset);
         part.version = bale_page(s, page)->version;

@@ -135,7 +135,7 @@ static int compact_data(Compact *c, BaleLayer *layer, const BaleRecord *old,
 }
 
 /* Copy a zero or drop record as far as it is still needed. */
-static int compact_tombstone(Compact *c, BaleLayer *layer,
+static int compact_tombstone(Compact *c, BaleLayer *layer, uint64_t clusters,
                              const BaleRecord *old, uint64_t address)
 {
     BaleStore *s = c->s;
@@ -146,7 +146,7 @@ static int compact_tombstone(Compact *c, BaleLayer *layer,
     bool older = false;
     int ret = 0;
 
-    end = MIN(end, bale_layer_clusters(layer));
+    end = MIN(end, clusters);
     if (old->type == BALE_RECORD_ZERO) {
         for (uint64_t n = old->cluster; n < end; n++) {
             pointing += bale_layer_find(layer, n) == value;
@@ -183,16 +183,19 @@ static int compact_live(Compact *c, const BaleRecord *old, uint64_t address,
 {
     BaleStore *s = c->s;
     BaleLayer *layer;
+    uint64_t clusters;
     int ret = bale_store_write_begin(s);
 
     if (ret < 0) {
         return ret;
     }
-    layer = bale_layer_get(s, old->layer);
+    layer = bale_layer_of_record(s, old->layer, &clusters);
     if (layer && old->type == BALE_RECORD_DATA) {
-        ret = compact_data(c, layer, old, address, payload);
+        if (old->cluster < clusters) {
+            ret = compact_data(c, layer, old, address, payload);
+        }
     } else if (layer) {
-        ret = compact_tombstone(c, layer, old, address);
+        ret = compact_tombstone(c, layer, clusters, old, address);
     }
     bale_store_write_end(s);
     return ret;

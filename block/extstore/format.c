@@ -354,6 +354,10 @@ static bool record_in_range(const BaleRecord *r, uint32_t cluster_size)
         payload_min = BALE_IMAGE_FIXED_LEN;
         payload_max = BALE_IMAGE_PAYLOAD_MAX;
         break;
+    case BALE_RECORD_CATALOGUE:
+        payload_min = BALE_CATALOGUE_FIXED_LEN;
+        payload_max = BALE_CATALOGUE_PAYLOAD_MAX;
+        break;
     case BALE_RECORD_SEGMENT:
         payload_min = BALE_SEGMENT_PAYLOAD_LEN;
         payload_max = bale_segment_payload_len(BALE_BARRIERS_MAX);

@@ -119,6 +119,7 @@ typedef enum BaleRecordType {
     BALE_RECORD_CHECKPOINT_PART = 6,
     BALE_RECORD_CHECKPOINT_ROOT = 7,
     BALE_RECORD_DROP = 8,
+    BALE_RECORD_CATALOGUE = 9,
     BALE_RECORD_SKIPPABLE = 128, /* unknown types from here on may be skipped */
 } BaleRecordType;
 
@@ -221,6 +222,93 @@ typedef struct BaleImageRecord {
 uint32_t bale_image_encode(const BaleImageRecord *i, uint8_t *buf);
 int bale_image_decode(BaleImageRecord *i, uint32_t cluster_size,
                       const uint8_t *buf, size_t len);
+
+/* --- catalogue (format-catalogue.c) --- */
+
+#define BALE_CATALOGUE_FIXED_LEN    32u
+#define BALE_CATALOGUE_LAYER_LEN    32u
+#define BALE_CATALOGUE_ALIAS_LEN    16u
+#define BALE_CATALOGUE_SNAPSHOT_LEN 40u /* without its name */
+#define BALE_CATALOGUE_IMAGE_LEN    32u /* without its strings */
+#define BALE_CATALOGUE_PAYLOAD_MAX  (1u << 20)
+
+typedef struct BaleLayerEntry {
+    uint32_t id;
+    uint32_t parent;         /* 0: none */
+    uint32_t generation;     /* higher than the parent's */
+    uint64_t size;           /* bytes */
+    uint64_t parent_clusters; /* of the parent only those below are seen */
+} BaleLayerEntry;
+
+/* A layer that was merged into another, which has its clusters now. */
+typedef struct BaleAliasEntry {
+    uint32_t id;
+    uint32_t layer;
+    uint64_t clusters;       /* only those below count */
+} BaleAliasEntry;
+
+typedef struct BaleSnapshotEntry {
+    uint32_t image;
+    uint32_t id;
+    uint32_t layer;
+    uint64_t date_s;         /* since 1970 */
+    uint32_t date_ns;
+    uint64_t vm_clock_ns;
+    char *name;              /* owned */
+} BaleSnapshotEntry;
+
+typedef struct BaleImageEntry {
+    uint32_t id;
+    uint32_t layer;          /* on top */
+    bool read_only;
+    uint8_t codec;
+    int8_t level;
+    uint64_t date_s;         /* of its making, since 1970; 0: not known */
+    char *name;              /* owned, as are these; "": not given */
+    char *backing_file;
+    char *backing_format;
+} BaleImageEntry;
+
+/* All images, layers and snapshots of a store. */
+typedef struct BaleCatalogue {
+    uint32_t next_layer;     /* higher than any that was ever in use */
+    uint32_t next_image;
+    uint32_t next_snapshot;
+    GArray *layers;          /* BaleLayerEntry, by rising id */
+    GArray *aliases;         /* BaleAliasEntry, by rising id */
+    GArray *snapshots;       /* BaleSnapshotEntry, by rising id */
+    GArray *images;          /* BaleImageEntry, by rising id */
+} BaleCatalogue;
+
+BaleCatalogue *bale_catalogue_new(void);
+BaleCatalogue *bale_catalogue_copy(const BaleCatalogue *cat);
+void bale_catalogue_free(BaleCatalogue *cat);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(BaleCatalogue, bale_catalogue_free)
+
+BaleLayerEntry *bale_catalogue_layer(const BaleCatalogue *cat, uint32_t id);
+BaleImageEntry *bale_catalogue_image(const BaleCatalogue *cat, uint32_t id);
+BaleImageEntry *bale_catalogue_image_named(const BaleCatalogue *cat,
+                                           const char *name);
+/* The one of @image with that name or, in digits, that id. */
+BaleSnapshotEntry *bale_catalogue_snapshot(const BaleCatalogue *cat,
+                                           uint32_t image, const char *name);
+/* The layer that has the clusters of layer @id now: @id or another; 0: none. */
+uint32_t bale_catalogue_resolve(const BaleCatalogue *cat, uint32_t id,
+                                uint64_t *clusters);
+/* May an image (not the unnamed one) or a snapshot be called @name? */
+bool bale_name_valid(const char *name);
+
+/*
+ * The payload of @cat's record, newly allocated, and its type: an image record
+ * if nothing was ever in the store but the unnamed image, else a catalogue.
+ * NULL: it would be too long.
+ */
+uint8_t *bale_catalogue_encode(const BaleCatalogue *cat, uint8_t *type,
+                               uint32_t *len);
+/* -EIO: damaged, or breaks a rule of the document. */
+int bale_catalogue_decode(BaleCatalogue **cat, uint8_t type,
+                          uint32_t cluster_size, const uint8_t *buf,
+                          size_t len);
 
 /* --- checkpoint --- */
 

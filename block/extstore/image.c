@@ -63,8 +63,8 @@ void bale_store_write_end(BaleStore *s)
 }
 
 /* Append to the fresh data; what frees space may use the reserve. */
-static int image_append(BaleStore *s, BaleRecord *r, const void *payload,
-                        uint64_t live, uint64_t *address)
+int bale_image_append(BaleStore *s, BaleRecord *r, const void *payload,
+                      uint64_t live, uint64_t *address)
 {
     int ret = bale_log_append(s, BALE_BUCKET_FRESH, r, payload, live,
                               address);
@@ -81,15 +81,15 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
                            uint64_t cluster, const uint8_t *data)
 {
     BaleStore *s = image->store;
-    BaleLayer *layer = image->top;
+    BaleLayer *layer;
     BaleRecord r = {
-        .layer = layer->id,
         .count = 1,
         .cluster = cluster,
     };
     const void *payload = NULL;
     uint64_t address, value, live, old;
     unsigned size_class = 0;
+    uint8_t codec = image->codec;
     ssize_t n;
     int ret;
 
@@ -99,13 +99,13 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
     } else {
         r.type = BALE_RECORD_DATA;
         /* What saves next to nothing is not worth decompressing. */
-        n = bale_codec_compress(wc->codec, wc->packed,
+        n = bale_codec_compress(bale_worker_codec(wc, image), wc->packed,
                                 s->cluster_size - s->cluster_size / 64, data,
                                 s->cluster_size);
         if (n < 0) {
             return n;
         }
-        r.codec = n ? image->codec : BALE_CODEC_NONE;
+        r.codec = n ? codec : BALE_CODEC_NONE;
         r.payload_len = n ? n : s->cluster_size;
         payload = n ? wc->packed : data;
         size_class = bale_size_class(r.payload_len, s->cluster_size);
@@ -119,7 +119,10 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
     if (ret < 0) {
         return ret;
     }
-    ret = image_append(s, &r, payload, live, &address);
+    /* Which layer is on top can change only without us. */
+    layer = image->top;
+    r.layer = layer->id;
+    ret = bale_image_append(s, &r, payload, live, &address);
     if (ret == 0) {
         value = bale_value(address, size_class);
         ret = bale_layer_index_set(layer, cluster, value, &old);
@@ -136,7 +139,7 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
     return ret;
 }
 
-/* The first cluster of our own in [@first, @end), or @end. */
+/* The first cluster in [@first, @end) that a layer has, or @end. */
 static uint64_t image_next_cluster(BaleImage *image, uint64_t first,
                                    uint64_t end)
 {
@@ -173,10 +176,9 @@ static uint64_t image_run_end(BaleImage *image, uint64_t first, uint64_t end)
 static int image_put_zeroes(BaleImage *image, uint64_t first, uint32_t count)
 {
     BaleStore *s = image->store;
-    BaleLayer *layer = image->top;
+    BaleLayer *layer;
     BaleRecord r = {
         .type = BALE_RECORD_ZERO,
-        .layer = layer->id,
         .cluster = first,
         .count = count,
     };
@@ -189,10 +191,12 @@ static int image_put_zeroes(BaleImage *image, uint64_t first, uint32_t count)
     }
     /* Each cluster that points at a zero record keeps it alive. */
     live = bale_value_live(bale_value(0, 0), s->cluster_size);
+    layer = image->top;
+    r.layer = layer->id;
     if (BALE_PLANTED(zero_resurrected)) {
         r.layer++; /* a record that recovery takes for another layer's */
     }
-    ret = image_append(s, &r, NULL, live * count, &address);
+    ret = bale_image_append(s, &r, NULL, live * count, &address);
     appended = ret == 0;
     value = bale_value(address, 0);
     for (c = first; ret == 0 && c < first + count; c++) {
@@ -285,36 +289,66 @@ int bale_image_status(BaleImage *image, uint64_t offset, uint64_t len,
 
 /* --- the image itself --- */
 
-void bale_image_set_record(BaleImage *image, const BaleImageRecord *record)
+/* Fill @record in with what @cat says of an image. */
+static void image_fill_record(BaleImageRecord *record,
+                              const BaleCatalogue *cat,
+                              const BaleImageEntry *e, uint32_t layer)
 {
-    BaleStore *s = image->store;
-
-    pthread_mutex_lock(&s->log_lock);
-    image->record = *record;
-    pthread_mutex_unlock(&s->log_lock);
-    __atomic_store_n(&image->size, record->size, __ATOMIC_RELEASE);
+    record->id = e->id;
+    record->layer = layer;
+    record->size = bale_catalogue_layer(cat, layer)->size;
+    record->codec = e->codec;
+    record->level = e->level;
+    g_strlcpy(record->name, e->name, sizeof(record->name));
+    g_strlcpy(record->backing_file, e->backing_file,
+              sizeof(record->backing_file));
+    g_strlcpy(record->backing_format, e->backing_format,
+              sizeof(record->backing_format));
 }
 
-BaleImage *bale_image_new(BaleStore *s, const BaleImageRecord *record,
-                          GError **errp)
+void bale_image_follow(BaleImage *image, const BaleCatalogue *cat)
+{
+    BaleStore *s = image->store;
+    BaleImageEntry *e = bale_catalogue_image(cat, image->id);
+    uint32_t layer = e ? e->layer : 0;
+
+    for (guint i = 0; e && image->snapshot && i < cat->snapshots->len; i++) {
+        BaleSnapshotEntry *snapshot =
+            &g_array_index(cat->snapshots, BaleSnapshotEntry, i);
+
+        if (snapshot->id == image->snapshot) {
+            layer = snapshot->layer;
+        }
+    }
+    if (!e) {
+        return; /* being deleted */
+    }
+    image_fill_record(&image->record, cat, e, layer);
+    image->codec = e->codec;
+    image->level = e->level;
+    __atomic_store_n(&image->read_only, e->read_only || image->snapshot,
+                     __ATOMIC_RELEASE);
+    __atomic_store_n(&image->top, bale_layer_get(s, layer),
+                     __ATOMIC_RELEASE);
+    __atomic_store_n(&image->size, image->record.size, __ATOMIC_RELEASE);
+}
+
+BaleImage *bale_image_new(BaleStore *s, BaleLayer *top, GError **errp)
 {
     BaleImage *image = g_new0(BaleImage, 1);
 
     image->store = s;
-    image->codec = record->codec;
+    image->top = top;
+    image->record.size = image->size = top->size;
     pthread_mutex_init(&image->range_lock, NULL);
     image->ranges_waiting_tail = &image->ranges_waiting;
     image->mutable_region = bale_mutable_new(image);
-    image->top = bale_layer_new(s, record->layer, record->size);
-    if (!image->mutable_region || !image->top) {
+    if (!image->mutable_region) {
         g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_NO_MEMORY,
-                    "no memory for an index of %" PRIu64 " bytes of image",
-                    record->size);
+                    "no memory for an image");
         bale_image_free(image);
         return NULL;
     }
-    bale_image_set_record(image, record);
-    g_ptr_array_add(s->images, image);
     return image;
 }
 
@@ -335,11 +369,20 @@ uint64_t bale_image_size(BaleImage *image)
 void bale_image_get_info(BaleImage *image, BaleImageInfo *info)
 {
     BaleStore *s = image->store;
-    BaleIndexStats stats;
 
-    bale_index_get_stats(image->top->index, &stats);
     memset(info, 0, sizeof(*info));
     pthread_mutex_lock(&s->log_lock);
+    for (BaleLayer *layer = image->top; layer; layer = layer->parent) {
+        BaleIndexStats stats;
+
+        bale_index_get_stats(layer->index, &stats);
+        info->allocated_clusters += stats.keys;
+        info->layers++;
+    }
+    info->allocated_clusters =
+        MIN(info->allocated_clusters,
+            bale_size_clusters(image->record.size, s->cluster_size));
+    info->read_only = image->read_only;
     info->size = image->record.size;
     info->cluster_size = s->cluster_size;
     info->codec = image->record.codec;
@@ -351,7 +394,6 @@ void bale_image_get_info(BaleImage *image, BaleImageInfo *info)
            sizeof(info->backing_file));
     memcpy(info->backing_format, image->record.backing_format,
            sizeof(info->backing_format));
-    info->allocated_clusters = stats.keys;
     pthread_mutex_unlock(&s->log_lock);
 }
 
@@ -366,187 +408,6 @@ void bale_image_set_backing_present(BaleImage *image,
                                     BaleBackingPresent *present)
 {
     image->backing_present = present;
-}
-
-BaleImage *bale_image_open(BaleStore *store, const char *name, GError **errp)
-{
-    BaleImage *found = NULL;
-
-    name = name ? name : "";
-    pthread_mutex_lock(&store->log_lock);
-    for (guint i = 0; i < store->images->len && !found; i++) {
-        BaleImage *image = g_ptr_array_index(store->images, i);
-
-        if (!strcmp(name, image->record.name)) {
-            found = image;
-            found->openers++;
-        }
-    }
-    pthread_mutex_unlock(&store->log_lock);
-    if (!found) {
-        g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_INVALID,
-                    "no image '%s' in this store", name);
-    }
-    return found;
-}
-
-void bale_image_close(BaleImage *image)
-{
-    pthread_mutex_lock(&image->store->log_lock);
-    g_assert(image->openers > 0);
-    image->openers--;
-    pthread_mutex_unlock(&image->store->log_lock);
-}
-
-/* Append @record; session_lock is held. */
-int bale_image_record_append(BaleImage *image, const BaleImageRecord *record,
-                             bool shrinks)
-{
-    BaleStore *s = image->store;
-    g_autofree uint8_t *payload = g_malloc(BALE_IMAGE_PAYLOAD_MAX);
-    BaleRecord r = {
-        .type = BALE_RECORD_IMAGE,
-        .layer = record->layer,
-        .payload_len = bale_image_encode(record, payload),
-    };
-    uint64_t address, page, offset;
-    int ret;
-
-    ret = bale_log_append(s, BALE_BUCKET_META, &r, payload,
-                          BALE_RECORD_HEADER_LEN, &address);
-    if (ret < 0) {
-        return ret;
-    }
-    pthread_mutex_lock(&s->log_lock);
-    if (shrinks && bale_address_split(s, address, &page, &offset)) {
-        BalePage *p = bale_page(s, page);
-
-        p->tombstone_seq = MAX(p->tombstone_seq, r.seq);
-    }
-    if (image->record_address) {
-        bale_page_live_sub(s, image->record_address, BALE_RECORD_HEADER_LEN);
-    }
-    image->record_address = address;
-    pthread_mutex_unlock(&s->log_lock);
-    return 0;
-}
-
-static bool image_error(GError **errp, int ret, const char *what)
-{
-    g_set_error(errp, BALE_STORE_ERROR,
-                ret == -ENOSPC   ? BALE_STORE_ERROR_NO_SPACE
-                : ret == -ENOMEM ? BALE_STORE_ERROR_NO_MEMORY
-                : ret == -EROFS  ? BALE_STORE_ERROR_READ_ONLY
-                                 : BALE_STORE_ERROR_IO,
-                "%s: %s", what, g_strerror(-ret));
-    return false;
-}
-
-/* Make @record the image's, durably. */
-static bool image_change(BaleImage *image, const BaleImageRecord *record,
-                         const char *what, GError **errp)
-{
-    BaleStore *s = image->store;
-    bool shrinks = record->size < image->record.size;
-    int ret = bale_store_flush_sync(s);
-
-    if (ret < 0) {
-        return image_error(errp, ret, what);
-    }
-    if (shrinks) {
-        bale_mutable_discard(image->mutable_region, record->size,
-                             image->record.size - record->size);
-    }
-
-    pthread_rwlock_wrlock(&s->session_lock);
-    ret = bale_session_begin(s);
-    if (ret == 0) {
-        ret = bale_image_record_append(image, record, shrinks);
-    }
-    if (ret == 0 && shrinks) {
-        bale_layer_clear_from(
-            image->top, bale_size_clusters(record->size, s->cluster_size));
-    }
-    if (ret == 0) {
-        ret = bale_layer_set_size(image->top, record->size);
-    }
-    if (ret == 0) {
-        bale_image_set_record(image, record);
-    }
-    pthread_rwlock_unlock(&s->session_lock);
-    if (ret == 0 && !BALE_PLANTED(resize_not_durable)) {
-        ret = bale_log_flush_sync(s);
-    }
-    return ret == 0 || image_error(errp, ret, what);
-}
-
-bool bale_image_resize(BaleImage *image, uint64_t size, GError **errp)
-{
-    BaleStore *s = image->store;
-    BaleImageRecord record = image->record;
-    uint64_t old = record.size;
-    uint64_t tail = bale_align_up(size, s->cluster_size);
-
-    if (size > BALE_IMAGE_SIZE_MAX ||
-        size / s->cluster_size >= BALE_IMAGE_CLUSTERS_MAX) {
-        g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_INVALID,
-                    "an image of %" PRIu64 " bytes is too large", size);
-        return false;
-    }
-    if (size < old && tail > size) {
-        /* Bytes behind the end of the last cluster must be zero. */
-        int ret = bale_image_zero_sync(image, size, MIN(tail, old) - size, 0);
-
-        if (ret < 0) {
-            return image_error(errp, ret, "clearing the image's new end");
-        }
-    }
-    record.size = size;
-    return image_change(image, &record, "resizing the image", errp);
-}
-
-bool bale_image_set_backing(BaleImage *image, const char *backing_file,
-                            const char *backing_format, GError **errp)
-{
-    BaleImageRecord record = image->record;
-
-    backing_file = backing_file ? backing_file : "";
-    backing_format = backing_format ? backing_format : "";
-    if (strlen(backing_file) > BALE_BACKING_NAME_MAX ||
-        strlen(backing_format) >= sizeof(record.backing_format)) {
-        g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_INVALID,
-                    "the backing file's name or format is too long");
-        return false;
-    }
-    g_strlcpy(record.backing_file, backing_file, sizeof(record.backing_file));
-    g_strlcpy(record.backing_format, backing_format,
-              sizeof(record.backing_format));
-    return image_change(image, &record, "changing the backing file", errp);
-}
-
-bool bale_image_clear(BaleImage *image, GError **errp)
-{
-    BaleStore *s = image->store;
-    BaleRecord r = { .type = BALE_RECORD_DROP, .layer = image->top->id };
-    uint64_t address;
-    int ret = bale_store_flush_sync(s);
-
-    if (ret < 0) {
-        return image_error(errp, ret, "emptying the image");
-    }
-    pthread_rwlock_wrlock(&s->session_lock);
-    ret = bale_session_begin(s);
-    if (ret == 0) {
-        ret = image_append(s, &r, NULL, 0, &address);
-    }
-    if (ret == 0) {
-        bale_layer_clear_from(image->top, 0);
-    }
-    pthread_rwlock_unlock(&s->session_lock);
-    if (ret == 0) {
-        ret = bale_log_flush_sync(s);
-    }
-    return ret == 0 || image_error(errp, ret, "emptying the image");
 }
 
 /* --- blocking forms --- */

@@ -30,6 +30,17 @@ BaleLayer *bale_layer_get(BaleStore *s, uint32_t id)
     return g_hash_table_lookup(s->layers, GUINT_TO_POINTER(id));
 }
 
+BaleLayer *bale_layer_of_record(BaleStore *s, uint32_t id, uint64_t *clusters)
+{
+    uint32_t now = bale_catalogue_resolve(s->catalogue, id, clusters);
+    BaleLayer *layer = now ? bale_layer_get(s, now) : NULL;
+
+    if (layer) {
+        *clusters = MIN(*clusters, bale_layer_clusters(layer));
+    }
+    return layer;
+}
+
 /* --- looking up --- */
 
 /* In the epoch. */
@@ -58,22 +69,107 @@ static bool layer_chunk_used(BaleLayer *layer, uint64_t cluster)
                            __ATOMIC_RELAXED);
 }
 
+/*
+ * The first layer of @image, from the top, that knows @cluster.  What was found
+ * at the top is right in any case; below, pointers between layers may have
+ * changed while we walked.  In the epoch.
+ */
+static uint64_t image_find(BaleImage *image, uint64_t cluster)
+{
+    BaleStore *s = image->store;
+    BaleLayer *layer;
+    uint64_t seq, value;
+
+    do {
+        seq = __atomic_load_n(&s->layers_seq, __ATOMIC_ACQUIRE);
+        layer = __atomic_load_n(&image->top, __ATOMIC_ACQUIRE);
+        value = layer_find(layer, cluster);
+        if (value || image->own_only) {
+            return value;
+        }
+        while (!value && cluster < __atomic_load_n(&layer->parent_clusters,
+                                                   __ATOMIC_ACQUIRE)) {
+            layer = __atomic_load_n(&layer->parent, __ATOMIC_ACQUIRE);
+            if (!layer) {
+                break; /* the limit is older than the pointer */
+            }
+            value = layer_find(layer, cluster);
+        }
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    } while (seq % 2 ||
+             seq != __atomic_load_n(&s->layers_seq, __ATOMIC_ACQUIRE));
+    return value;
+}
+
 uint64_t bale_image_find(BaleImage *image, uint64_t cluster)
 {
     BaleEpochToken token = bale_epoch_enter(image->store->epoch);
-    uint64_t value = layer_find(image->top, cluster);
+    uint64_t value = image_find(image, cluster);
 
     bale_epoch_exit(image->store->epoch, token);
     return value;
 }
 
-bool bale_image_chunk_used(BaleImage *image, uint64_t cluster)
+bool bale_image_find_top(BaleImage *image, uint64_t cluster)
 {
     BaleEpochToken token = bale_epoch_enter(image->store->epoch);
-    bool used = layer_chunk_used(image->top, cluster);
+    BaleLayer *top = __atomic_load_n(&image->top, __ATOMIC_ACQUIRE);
+    bool found = layer_find(top, cluster);
 
     bale_epoch_exit(image->store->epoch, token);
+    return found;
+}
+
+bool bale_image_chunk_used(BaleImage *image, uint64_t cluster)
+{
+    BaleStore *s = image->store;
+    BaleEpochToken token = bale_epoch_enter(s->epoch);
+    uint64_t first = bale_align_down(cluster, BALE_CHUNK_CLUSTERS);
+    uint64_t seq;
+    bool used;
+
+    do {
+        BaleLayer *layer = __atomic_load_n(&image->top, __ATOMIC_ACQUIRE);
+
+        seq = __atomic_load_n(&s->layers_seq, __ATOMIC_ACQUIRE);
+        used = layer_chunk_used(layer, cluster);
+        while (!used && !image->own_only &&
+               first < __atomic_load_n(&layer->parent_clusters,
+                                       __ATOMIC_ACQUIRE)) {
+            layer = __atomic_load_n(&layer->parent, __ATOMIC_ACQUIRE);
+            if (!layer) {
+                break;
+            }
+            used = layer_chunk_used(layer, cluster);
+        }
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    } while (seq % 2 ||
+             seq != __atomic_load_n(&s->layers_seq, __ATOMIC_ACQUIRE));
+    bale_epoch_exit(s->epoch, token);
     return used;
+}
+
+bool bale_image_shows_layer(BaleImage *image, uint32_t id)
+{
+    BaleStore *s = image->store;
+    BaleEpochToken token = bale_epoch_enter(s->epoch);
+    BaleLayer *top = __atomic_load_n(&image->top, __ATOMIC_ACQUIRE);
+    bool shows = top->id == id;
+
+    bale_epoch_exit(s->epoch, token);
+    if (!shows) {
+        uint64_t clusters;
+        uint32_t now;
+
+        pthread_mutex_lock(&s->log_lock);
+        now = bale_catalogue_resolve(s->catalogue, id, &clusters);
+        for (BaleLayer *layer = image->top; layer && !shows;
+             layer = layer->parent) {
+            shows = layer->id == now;
+        }
+        pthread_mutex_unlock(&s->log_lock);
+    }
+    return shows;
 }
 
 /* --- changing --- */
@@ -97,6 +193,21 @@ int bale_layer_index_set(BaleLayer *layer, uint64_t cluster, uint64_t value,
         *old = was;
     }
     return 0;
+}
+
+int bale_layer_index_adopt(BaleLayer *layer, uint64_t cluster, uint64_t value,
+                           bool undo)
+{
+    uint32_t *entries = &layer->chunk_entries[cluster / BALE_CHUNK_CLUSTERS];
+    int ret = undo ? bale_index_update(layer->index, cluster, value, 0, NULL)
+                   : bale_index_update(layer->index, cluster, 0, value, NULL);
+
+    if (ret == 0 && undo) {
+        __atomic_fetch_sub(entries, 1, __ATOMIC_RELAXED);
+    } else if (ret == 0) {
+        __atomic_fetch_add(entries, 1, __ATOMIC_RELAXED);
+    }
+    return ret == -EAGAIN ? 0 : ret;
 }
 
 void bale_layer_account_old(BaleLayer *layer, uint64_t cluster, uint64_t old)
@@ -171,7 +282,7 @@ uint64_t bale_layer_clusters(const BaleLayer *layer)
     return bale_size_clusters(layer->size, layer->store->cluster_size);
 }
 
-int bale_layer_set_size(BaleLayer *layer, uint64_t size)
+int bale_layer_reserve(BaleLayer *layer, uint64_t size)
 {
     BaleStore *s = layer->store;
     uint64_t clusters = bale_size_clusters(size, s->cluster_size);
@@ -205,7 +316,6 @@ int bale_layer_set_size(BaleLayer *layer, uint64_t size)
         }
         layer->chunks = chunks;
     }
-    layer->size = size;
     return 0;
 }
 
@@ -215,12 +325,30 @@ BaleLayer *bale_layer_new(BaleStore *s, uint32_t id, uint64_t size)
 
     layer->store = s;
     layer->id = id;
-    if (bale_layer_set_size(layer, size) < 0) {
+    layer->size = size;
+    layer->refs = 1;
+    if (bale_layer_reserve(layer, size) < 0) {
         bale_layer_free(layer);
         return NULL;
     }
-    g_hash_table_insert(s->layers, GUINT_TO_POINTER(id), layer);
     return layer;
+}
+
+void bale_layer_unref(BaleLayer *layer)
+{
+    if (__atomic_sub_fetch(&layer->refs, 1, __ATOMIC_ACQ_REL) == 0) {
+        bale_layer_free(layer);
+    }
+}
+
+static void layer_unref(void *layer)
+{
+    bale_layer_unref(layer);
+}
+
+void bale_layer_unref_later(BaleLayer *layer)
+{
+    bale_epoch_defer(layer->store->epoch, layer_unref, layer);
 }
 
 void bale_layer_free(BaleLayer *layer)

@@ -22,9 +22,8 @@ static int entry_compare(const void *a, const void *b)
     return x->seq < y->seq ? -1 : x->seq > y->seq;
 }
 
-/* Read an image record.  -ENOENT: it is damaged, which has been reported. */
-static int scan_image_record(Scan *scan, const ScanEntry *e,
-                             BaleImageRecord *record)
+/* Read a catalogue.  -ENOENT: it is damaged, which has been reported. */
+static int scan_catalogue(Scan *scan, const ScanEntry *e, BaleCatalogue **cat)
 {
     BaleStore *s = scan->s;
     const uint8_t *payload;
@@ -33,8 +32,8 @@ static int scan_image_record(Scan *scan, const ScanEntry *e,
     if (bale_scan_record(scan, e->page, e->address - page_address(s, e->page),
                          e->payload_len + BALE_RECORD_HEADER_LEN, &r,
                          &payload) == 0 &&
-        bale_image_decode(record, s->cluster_size, payload, r.payload_len) ==
-            0) {
+        bale_catalogue_decode(cat, r.type, s->cluster_size, payload,
+                              r.payload_len) == 0) {
         return 0;
     }
     if (scan->ret == 0 && !scan->lost) {
@@ -46,60 +45,114 @@ static int scan_image_record(Scan *scan, const ScanEntry *e,
 }
 
 /*
- * Make the image, as large as it ever was according to the image records that
- * are left: what older records say is applied before the first of them.
+ * Make the layers of the newest catalogue, each as large as it ever was, by
+ * itself or by what was merged into it: what older records say is applied
+ * before the image became smaller.
  */
-static int apply_make_image(Scan *scan)
+static int apply_make_layers(Scan *scan)
 {
-    BaleImageRecord largest, record;
-    bool found = false;
+    BaleStore *s = scan->s;
+    g_autoptr(GArray) seen = g_array_new(FALSE, FALSE,
+                                         sizeof(BaleLayerEntry));
+    BaleCatalogue *newest = NULL;
+    int ret = 0;
 
     for (guint i = 0; i < scan->entries->len; i++) {
         ScanEntry *e = &g_array_index(scan->entries, ScanEntry, i);
-        int ret;
+        BaleCatalogue *cat;
 
-        if (e->dropped || e->type != BALE_RECORD_IMAGE) {
+        if (e->dropped || (e->type != BALE_RECORD_IMAGE &&
+                           e->type != BALE_RECORD_CATALOGUE)) {
             continue;
         }
-        ret = scan_image_record(scan, e, &record);
-        if (ret == 0 && (!found || record.size > largest.size)) {
-            largest = record;
-            found = true;
-        } else if (ret < 0 && ret != -ENOENT) {
+        ret = scan_catalogue(scan, e, &cat);
+        if (ret == 0) {
+            g_array_append_vals(seen, cat->layers->data, cat->layers->len);
+            bale_catalogue_free(newest);
+            newest = cat;
+            s->catalogue_address = e->address;
+        } else if (ret != -ENOENT) {
+            bale_catalogue_free(newest);
             return ret;
         }
     }
-    if (!found) {
+    if (!newest) {
         return 0;
     }
-    return bale_image_new(scan->s, &largest, NULL) ? 0 : -ENOMEM;
+    ret = bale_catalogue_install(s, newest);
+    for (guint i = 0; ret == 0 && i < seen->len; i++) {
+        BaleLayerEntry *e = &g_array_index(seen, BaleLayerEntry, i);
+        uint64_t clusters;
+        uint32_t id = bale_catalogue_resolve(s->catalogue, e->id, &clusters);
+        BaleLayer *layer = id ? bale_layer_get(s, id) : NULL;
+
+        if (layer && e->size > layer->size) {
+            ret = bale_layer_reserve(layer, e->size);
+            layer->size = e->size;
+        }
+    }
+    return ret;
 }
 
-static int apply_image(Scan *scan, const ScanEntry *e)
+/* A catalogue with a smaller size hides what older records say past that. */
+static void apply_tombstone(Scan *scan, const ScanEntry *e)
+{
+    BalePage *p = bale_page(scan->s, e->page);
+
+    p->tombstone_seq = MAX(p->tombstone_seq, e->seq);
+}
+
+/*
+ * Drop what lies behind the sizes that @cat gives.  Of layers that are one now
+ * the youngest that it lists counts: the others did not change any more.
+ */
+static void apply_sizes(Scan *scan, const BaleCatalogue *cat)
 {
     BaleStore *s = scan->s;
-    BaleImage *image = g_ptr_array_index(s->images, 0);
-    BaleImageRecord record;
-    int ret = scan_image_record(scan, e, &record);
+    g_autoptr(GHashTable) done = g_hash_table_new(NULL, NULL);
+
+    for (guint i = cat->layers->len; i-- > 0;) {
+        BaleLayerEntry *e = &g_array_index(cat->layers, BaleLayerEntry, i);
+        uint64_t clusters;
+        uint32_t id = bale_catalogue_resolve(s->catalogue, e->id, &clusters);
+
+        if (id && g_hash_table_add(done, GUINT_TO_POINTER(id))) {
+            bale_layer_clear_from(
+                bale_layer_get(s, id),
+                bale_size_clusters(e->size, s->cluster_size));
+        }
+    }
+}
+
+static int apply_catalogue(Scan *scan, const ScanEntry *e)
+{
+    BaleCatalogue *cat, *last = scan->catalogue;
+    int ret = scan_catalogue(scan, e, &cat);
 
     if (ret < 0) {
         return ret == -ENOENT ? 0 : ret;
     }
-    if (record.size < scan->image_record.size) {
-        BalePage *p = bale_page(s, e->page);
+    for (guint i = 0; last && i < cat->layers->len; i++) {
+        BaleLayerEntry *now = &g_array_index(cat->layers, BaleLayerEntry, i);
+        BaleLayerEntry *then = bale_catalogue_layer(last, now->id);
 
-        p->tombstone_seq = MAX(p->tombstone_seq, e->seq);
+        if (then && now->size < then->size) {
+            apply_tombstone(scan, e);
+        } else if (then && now->size > then->size) {
+            /* What was larger before that may be gone by now. */
+            apply_tombstone(scan, scan->catalogue_entry);
+        }
     }
-    bale_layer_clear_from(image->top,
-                          bale_size_clusters(record.size, s->cluster_size));
-    scan->image_record = record;
-    image->record_address = e->address;
+    apply_sizes(scan, cat);
+    bale_catalogue_free(last);
+    scan->catalogue = cat;
+    scan->catalogue_entry = e;
     return 0;
 }
 
-static int apply_range(BaleLayer *layer, const ScanEntry *e)
+static int apply_range(BaleLayer *layer, uint64_t clusters,
+                       const ScanEntry *e)
 {
-    uint64_t clusters = bale_layer_clusters(layer);
     uint64_t value = e->type == BALE_RECORD_ZERO ? bale_value(e->address, 0)
                                                  : 0;
     uint64_t end = e->cluster + e->count;
@@ -122,7 +175,8 @@ static int apply_range(BaleLayer *layer, const ScanEntry *e)
 static int apply_entry(Scan *scan, const ScanEntry *e)
 {
     BaleStore *s = scan->s;
-    BaleLayer *layer = bale_layer_get(s, e->layer);
+    uint64_t clusters;
+    BaleLayer *layer = bale_layer_of_record(s, e->layer, &clusters);
     BalePage *p = bale_page(s, e->page);
 
     s->next_seq = MAX(s->next_seq, e->seq + 1);
@@ -133,10 +187,11 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
         p->bucket = BALE_BUCKET_META; /* its header may be damaged */
         return 0;
     case BALE_RECORD_IMAGE:
+    case BALE_RECORD_CATALOGUE:
         p->bucket = BALE_BUCKET_META;
-        return apply_image(scan, e);
+        return apply_catalogue(scan, e);
     case BALE_RECORD_DATA:
-        if (!layer || e->cluster >= bale_layer_clusters(layer)) {
+        if (!layer || e->cluster >= clusters) {
             return 0;
         }
         s->recovered_records++;
@@ -154,7 +209,7 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
             return 0;
         }
         s->recovered_records++;
-        return apply_range(layer, e);
+        return apply_range(layer, clusters, e);
     default:
         return 0;
     }
@@ -172,7 +227,8 @@ bool bale_recover_count_live(uint64_t cluster, uint64_t value, void *opaque)
 int bale_scan_apply(Scan *scan)
 {
     BaleStore *s = scan->s;
-    BaleImage *image;
+    GHashTableIter iter;
+    void *value;
     int ret = bale_page_table_grow(s, scan->pages);
 
     for (uint64_t i = 0; ret == 0 && i < scan->pages; i++) {
@@ -191,11 +247,10 @@ int bale_scan_apply(Scan *scan)
         p->allocated = s->page_size;
     }
     g_array_sort(scan->entries, entry_compare);
-    ret = ret == 0 ? apply_make_image(scan) : ret;
-    if (ret < 0 || !s->images->len) {
+    ret = ret == 0 ? apply_make_layers(scan) : ret;
+    if (ret < 0 || !s->catalogue_address) {
         return ret;
     }
-    image = g_ptr_array_index(s->images, 0);
     for (guint i = 0; ret == 0 && i < scan->entries->len; i++) {
         ScanEntry *e = &g_array_index(scan->entries, ScanEntry, i);
 
@@ -203,14 +258,18 @@ int bale_scan_apply(Scan *scan)
             ret = apply_entry(scan, e);
         }
     }
-    if (ret == 0) {
-        ret = bale_layer_set_size(image->top, scan->image_record.size);
+    bale_catalogue_free(scan->catalogue);
+    scan->catalogue = NULL;
+    if (ret < 0) {
+        return ret;
     }
-    if (ret == 0) {
-        bale_image_set_record(image, &scan->image_record);
-        bale_index_foreach(image->top->index, bale_recover_count_live, s);
-        bale_page_live_add(s, image->record_address,
-                           BALE_RECORD_HEADER_LEN);
+    g_hash_table_iter_init(&iter, s->layers);
+    while (g_hash_table_iter_next(&iter, NULL, &value)) {
+        BaleLayer *layer = value;
+
+        layer->size = bale_catalogue_layer(s->catalogue, layer->id)->size;
+        bale_index_foreach(layer->index, bale_recover_count_live, s);
     }
-    return ret;
+    bale_page_live_add(s, s->catalogue_address, BALE_RECORD_HEADER_LEN);
+    return 0;
 }

@@ -125,19 +125,19 @@ static int load_index(BaleStore *s, const BalePart *part,
     return 0;
 }
 
-static int load_image(BaleStore *s, const BalePart *part)
+static int load_catalogue(BaleStore *s, const BalePart *part)
 {
     g_autofree uint8_t *payload = NULL;
-    BaleImageRecord record;
-    BaleImage *image;
+    BaleCatalogue *cat;
     BaleRecord r;
     uint64_t page = (part->address - BALE_SUPER_SIZE) / s->page_size;
     uint64_t offset = (part->address - BALE_SUPER_SIZE) % s->page_size;
     uint32_t len = MIN(s->page_size - offset,
-                       BALE_RECORD_HEADER_MAX + BALE_IMAGE_PAYLOAD_MAX);
+                       BALE_RECORD_HEADER_MAX + BALE_CATALOGUE_PAYLOAD_MAX);
     int ret;
 
-    if (page >= s->pages->len || s->images->len) {
+    if (page >= s->pages->len || s->catalogue_address ||
+        part->address >= s->dev_info.size) {
         return -EIO;
     }
     len = MIN(len, s->dev_info.size - part->address);
@@ -146,16 +146,15 @@ static int load_image(BaleStore *s, const BalePart *part)
     if (ret < 0) {
         return ret;
     }
-    if (r.type != BALE_RECORD_IMAGE ||
-        bale_image_decode(&record, s->cluster_size, payload,
-                          r.payload_len) < 0) {
-        return -EIO;
+    ret = bale_catalogue_decode(&cat, r.type, s->cluster_size, payload,
+                                r.payload_len);
+    if (ret == 0) {
+        ret = bale_catalogue_install(s, cat);
     }
-    image = bale_image_new(s, &record, NULL);
-    if (!image) {
-        return -ENOMEM;
+    if (ret < 0) {
+        return ret;
     }
-    image->record_address = part->address;
+    s->catalogue_address = part->address;
     bale_page_live_add(s, part->address, BALE_RECORD_HEADER_LEN);
     return 0;
 }
@@ -185,7 +184,7 @@ static int load_parts(BaleStore *s, uint32_t parts, const uint8_t *p,
             continue;
         }
         if (kind == BALE_PART_IMAGE) {
-            ret = load_image(s, &part);
+            ret = load_catalogue(s, &part);
         } else {
             uint32_t len = BALE_RECORD_HEADER_LEN + part.payload_len;
 
@@ -251,7 +250,7 @@ int bale_recover_checkpoint(BaleStore *s)
         ret = load_parts(s, root.parts, payload + BALE_ROOT_FIXED_LEN,
                          BALE_PART_INDEX);
     }
-    if (ret < 0 || !s->images->len) {
+    if (ret < 0 || !s->catalogue_address) {
         return ret < 0 ? ret : -EIO;
     }
 
@@ -273,8 +272,10 @@ int bale_recover_checkpoint(BaleStore *s)
 /* Forget what a checkpoint that turned out damaged has loaded. */
 void bale_recover_reset(BaleStore *s)
 {
-    g_ptr_array_set_size(s->images, 0);
     g_hash_table_remove_all(s->layers);
+    bale_catalogue_free(s->catalogue);
+    s->catalogue = bale_catalogue_new();
+    s->catalogue_address = 0;
     g_array_set_size(s->pages, 0);
     g_array_set_size(s->checkpoint, 0);
     for (int b = 0; b < BALE_BUCKETS; b++) {

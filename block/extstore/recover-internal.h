@@ -69,7 +69,8 @@ typedef struct Scan {
     uint8_t *buf;      /* buffer_size bytes */
     size_t buf_len;
     uint64_t window_page, window_begin, window_end; /* what buf holds */
-    BaleImageRecord image_record; /* the newest one applied */
+    BaleCatalogue *catalogue; /* the newest one applied */
+    const struct ScanEntry *catalogue_entry; /* its record */
     bool searching;    /* in small steps: read more at once */
     bool lost;         /* clusters were lost that cannot be named */
     int ret;

@@ -613,7 +613,7 @@ bool bale_recover_scan(BaleStore *s, GError **errp)
         bale_recover_set_error(errp, scan.ret, "scanning the store");
         goto out;
     }
-    if (!s->images->len) {
+    if (!s->catalogue_address) {
         g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_CORRUPT,
                     "no image record can be read in this store");
         goto out;

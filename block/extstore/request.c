@@ -55,6 +55,7 @@ typedef enum RequestKind {
     REQUEST_READAHEAD,
     REQUEST_WRITE,
     REQUEST_ZERO,
+    REQUEST_COPY_UP, /* whole clusters, from the layers under the top */
 } RequestKind;
 
 /* Records that are fetched with one device transfer. */
@@ -305,6 +306,13 @@ static void request_complete(BaleRequest *req, int ret)
     request_free(req);
 }
 
+/* Does @req hold the range of its clusters? */
+static bool request_writes(const BaleRequest *req)
+{
+    return req->kind == REQUEST_WRITE || req->kind == REQUEST_ZERO ||
+           req->kind == REQUEST_COPY_UP;
+}
+
 static void request_flushed(void *opaque, int ret)
 {
     request_complete(opaque, ret);
@@ -318,7 +326,7 @@ static void request_unref(BaleRequest *req)
         return;
     }
     ret = __atomic_load_n(&req->ret, __ATOMIC_ACQUIRE);
-    if (req->kind == REQUEST_WRITE || req->kind == REQUEST_ZERO) {
+    if (request_writes(req)) {
         BaleRequest *list = range_release(req);
 
         while (list) {
@@ -456,7 +464,7 @@ int bale_image_unpack(BaleImage *image, BaleWorkerContext *wc,
 
     if (bale_record_decode(&r, seed, s->cluster_size, buf, avail) < 0 ||
         r.type != BALE_RECORD_DATA || r.version != version ||
-        r.layer != image->top->id || r.cluster != cluster ||
+        !bale_image_shows_layer(image, r.layer) || r.cluster != cluster ||
         (size_t)r.header_len + r.payload_len > avail) {
         return -EIO;
     }
@@ -533,8 +541,7 @@ static void op_read_work(BaleWork *work, void *context, unsigned worker)
         if (s->cache && (req->kind == REQUEST_READAHEAD ||
                          req->len < READ_LARGE)) {
             /* Still a reader of the page: the value cannot come back. */
-            bale_cache_put(s->cache, image->top->index, op->cluster, op->value,
-                           dst);
+            bale_cache_put(s->cache, image, op->cluster, op->value, dst);
         }
         if (req->kind != REQUEST_READAHEAD) {
             iov_copy(req->iov, req->iovcnt, op->at, dst + op->offset,
@@ -894,8 +901,10 @@ static void op_written(ClusterOp *op, int ret)
         ret = 0;
     }
     if (op->claimed) {
+        /* What is copied up is older than what waits there. */
         bale_mutable_settle(image->mutable_region, op->cluster << bits,
-                            op->count << bits, ret == 0);
+                            op->count << bits,
+                            ret == 0 && op->req->kind != REQUEST_COPY_UP);
     }
     op_done(op, ret);
 }
@@ -911,7 +920,7 @@ static void op_write_work(BaleWork *work, void *context, unsigned worker)
 
     if (req->kind == REQUEST_ZERO) {
         memset(data + op->offset, 0, op->len);
-    } else {
+    } else if (req->kind == REQUEST_WRITE) {
         iov_copy(req->iov, req->iovcnt, op->at, data + op->offset, op->len,
                  false);
     }
@@ -1021,6 +1030,44 @@ static void op_zero_work(BaleWork *work, void *context, unsigned worker)
                                             op->req->flags & BALE_DISCARD));
 }
 
+static void op_copied_read(void *opaque, int ret)
+{
+    ClusterOp *op = opaque;
+
+    if (ret < 0) {
+        op_written(op, ret);
+    } else {
+        op_write_ready(op);
+    }
+}
+
+/* What the layers under the top show becomes the top's own. */
+static void op_copy_up_start(ClusterOp *op)
+{
+    BaleImage *image = op->req->image;
+    BaleStore *s = image->store;
+
+    if (bale_image_find_top(image, op->cluster) ||
+        !bale_image_find(image, op->cluster)) {
+        op_done(op, 0);
+        return;
+    }
+    op->work.fn = op_write_again;
+    if (!bale_mutable_claim(image->mutable_region,
+                            op->cluster << s->cluster_bits, s->cluster_size,
+                            &op->work)) {
+        return;
+    }
+    op->claimed = true;
+    op->buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, s->cluster_size);
+    if (op->buf) {
+        bale_image_read_stored(image, op->cluster, op->buf, op_copied_read,
+                               op);
+    } else {
+        op_written(op, -ENOMEM);
+    }
+}
+
 /* The range is ours. */
 static void write_start(BaleRequest *req)
 {
@@ -1028,8 +1075,9 @@ static void write_start(BaleRequest *req)
     BaleStore *s = image->store;
 
     if (store_failed(s) || s->read_only ||
+        __atomic_load_n(&image->read_only, __ATOMIC_ACQUIRE) ||
         __atomic_load_n(&s->corrupt, __ATOMIC_RELAXED)) {
-        req->ret = s->read_only ? -EROFS : -EIO;
+        req->ret = s->read_only || image->read_only ? -EROFS : -EIO;
         request_unref(req);
         return;
     }
@@ -1051,6 +1099,10 @@ static void op_write_start(ClusterOp *op)
                                   op->len >= cluster_len(image, op->cluster));
     bool cached, absent;
 
+    if (req->kind == REQUEST_COPY_UP) {
+        op_copy_up_start(op);
+        return;
+    }
     if (whole) {
         op->work.fn = op_write_again;
         if (!bale_mutable_claim(image->mutable_region, begin,
@@ -1157,6 +1209,27 @@ void bale_image_zero(BaleImage *image, uint64_t offset, uint64_t len,
     }
 }
 
+void bale_image_copy_up(BaleImage *image, uint64_t offset, uint64_t len,
+                        BaleDone *done, void *opaque)
+{
+    BaleRequest *req;
+
+    if (!bale_image_contains(image, offset, len) || len > BALE_REQUEST_MAX) {
+        done(opaque, -EINVAL);
+        return;
+    }
+    req = request_new(image, REQUEST_COPY_UP, offset, len,
+                      len / image->store->cluster_size + 2, done, opaque);
+    if (!req) {
+        done(opaque, -ENOMEM);
+        return;
+    }
+    request_add_clusters(req);
+    if (range_acquire(req)) {
+        write_start(req);
+    }
+}
+
 /* A flush under way, of the regions of all images, and for the histogram. */
 typedef struct TimedFlush {
     BaleStore *store;
@@ -1187,7 +1260,9 @@ static void timed_flush_done(void *opaque, int ret)
 void bale_store_flush(BaleStore *store, BaleDone *done, void *opaque)
 {
     TimedFlush *f;
+    g_autofree BaleImage **images = NULL;
     bool logged = false;
+    guint n;
 
     if (store_failed(store)) {
         done(opaque, -EIO);
@@ -1195,9 +1270,14 @@ void bale_store_flush(BaleStore *store, BaleDone *done, void *opaque)
     }
     f = g_new(TimedFlush, 1);
     *f = (TimedFlush){ store, bale_now_ns(), done, opaque, 0, 1 };
+    pthread_mutex_lock(&store->log_lock);
+    n = store->images->len;
+    images = g_new(BaleImage *, n);
+    memcpy(images, store->images->pdata, n * sizeof(*images));
+    pthread_mutex_unlock(&store->log_lock);
     /* Each of these ends with a flush of the log. */
-    for (guint i = 0; i < store->images->len; i++) {
-        BaleImage *image = g_ptr_array_index(store->images, i);
+    for (guint i = 0; i < n; i++) {
+        BaleImage *image = images[i];
 
         if (bale_mutable_waiting(image->mutable_region) &&
             !BALE_PLANTED(flush_misses_mutable)) {

@@ -141,6 +141,8 @@ static void stats_queues(BaleStore *s, BaleStoreStats *stats)
 
 void bale_store_get_stats(BaleStore *s, BaleStoreStats *stats)
 {
+    g_autofree BaleImage **images = NULL;
+    guint n;
     const uint64_t *from = (const uint64_t *)&s->stats;
     uint64_t *to = (uint64_t *)stats;
 
@@ -156,11 +158,14 @@ void bale_store_get_stats(BaleStore *s, BaleStoreStats *stats)
         stats->write_amplification_permille =
             stats->segment_bytes * 1000 / stats->stored_bytes;
     }
-    for (guint i = 0; i < s->images->len; i++) {
-        BaleImage *image = g_ptr_array_index(s->images, i);
-
-        bale_mutable_count(image->mutable_region, &stats->mutable_clusters,
-                           &stats->mutable_bytes);
+    pthread_mutex_lock(&s->log_lock);
+    n = s->images->len;
+    images = g_new(BaleImage *, n);
+    memcpy(images, s->images->pdata, n * sizeof(*images));
+    pthread_mutex_unlock(&s->log_lock);
+    for (guint i = 0; i < n; i++) {
+        bale_mutable_count(images[i]->mutable_region,
+                           &stats->mutable_clusters, &stats->mutable_bytes);
     }
     stats_index(s, stats);
     stats_queues(s, stats);

@@ -114,8 +114,20 @@ struct BaleWriteBuffer {
 
 /* --- the store --- */
 
+typedef struct BaleWorkerCodec {
+    BaleCodecContext *context;
+    uint8_t codec;
+    int8_t level;
+} BaleWorkerCodec;
+
+/* Codecs and levels that a worker keeps contexts for. */
+#define WORKER_CODECS_MAX 4u
+
 typedef struct BaleWorkerContext {
-    BaleCodecContext *codec;
+    BaleCodecContext *codec; /* decompresses */
+    BaleWorkerCodec codecs[WORKER_CODECS_MAX]; /* made as needed */
+    unsigned next_codec;
+    uint32_t cluster_size;
     uint8_t *cluster; /* one cluster */
     uint8_t *packed;  /* compressed output, one cluster */
 } BaleWorkerContext;
@@ -128,14 +140,27 @@ struct BaleLayer {
     uint32_t *chunk_entries; /* per BALE_CHUNK_CLUSTERS; atomic */
     uint64_t chunks;
     uint64_t size;           /* bytes; changes under session_lock */
+    /* What lies under it; atomic, see layers_seq. */
+    BaleLayer *parent;
+    uint64_t parent_clusters; /* only those below are seen; 0: no parent */
+    uint32_t generation;     /* higher than the parent's */
+    unsigned refs;           /* atomic: the store's, a check's */
+    bool gone;               /* atomic: not the store's any more */
+    BaleLayer *target;       /* gone: merged into this, only for a moment */
+    uint64_t target_clusters;
+    uint64_t counted;        /* by a listing, under admin_lock */
 };
 
 struct BaleImage {
     BaleStore *store;
-    uint8_t codec;           /* constant */
-    BaleLayer *top;
+    uint32_t id;             /* constant, as are these */
+    uint32_t snapshot;       /* 0, or this shows a snapshot of that id */
+    bool own_only;           /* shows only the layer on top (check.c) */
+    uint8_t codec;
+    int8_t level;
+    BaleLayer *top;          /* atomic; changes under session_lock */
     BaleImageRecord record;  /* under log_lock */
-    uint64_t record_address; /* of the newest image record; under log_lock */
+    bool read_only;          /* atomic */
     unsigned openers;        /* under log_lock */
 
     BaleBackingRead *backing_read; /* set before requests */
@@ -169,11 +194,21 @@ struct BaleStore {
     uint32_t buffer_size;
     BaleWorkers *workers;
     BaleEpoch *epoch;
-    GPtrArray *images;       /* BaleImage, owned */
-    GHashTable *layers;      /* id -> BaleLayer, owned */
     BaleCache *cache;
     bool was_clean;
     uint64_t recovered_records, torn_bytes, damaged_records;
+
+    /*
+     * What the store holds.  Changes under admin_lock, session_lock for writing
+     * and log_lock; any of them is enough to look.
+     */
+    pthread_mutex_t admin_lock;
+    BaleCatalogue *catalogue;
+    GPtrArray *images;       /* BaleImage: those opened so far; owned */
+    GPtrArray *old_images;   /* of those, what was deleted; owned */
+    GHashTable *layers;      /* id -> BaleLayer */
+    uint64_t layers_seq;     /* atomic; odd: pointers between layers change */
+    uint64_t catalogue_address; /* of its newest record; log_lock */
 
     /*
      * Held for reading by whoever appends and updates the index, for writing
@@ -359,6 +394,9 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp);
 /* Write all superblocks, in two rounds. */
 int bale_supers_write(BaleStore *s);
 
+/* store.c: wait for read-ahead and write-outs */
+void bale_store_quiesce(BaleStore *s);
+
 /* recover.c */
 bool bale_recover(BaleStore *s, GError **errp);
 
@@ -371,19 +409,31 @@ static inline uint64_t bale_size_clusters(uint64_t size,
 
 /* The layer with @id, or NULL. */
 BaleLayer *bale_layer_get(BaleStore *s, uint32_t id);
-/* A new layer, which is the store's.  NULL: no memory. */
+/*
+ * The layer that has what records of layer @id hold, now; only *@clusters of it
+ * count.  NULL: they are garbage.
+ */
+BaleLayer *bale_layer_of_record(BaleStore *s, uint32_t id,
+                                uint64_t *clusters);
+/* A new layer, which is not yet the store's.  NULL: no memory. */
 BaleLayer *bale_layer_new(BaleStore *s, uint32_t id, uint64_t size);
 void bale_layer_free(BaleLayer *layer);
+void bale_layer_unref(BaleLayer *layer);
+/* ... when nobody walks through it any more. */
+void bale_layer_unref_later(BaleLayer *layer);
 uint64_t bale_layer_clusters(const BaleLayer *layer);
 /*
- * A larger size may need a larger index: -ENOMEM.  No write is under way, or
- * session_lock is held for writing.
+ * Make room for @size, which may need a larger index: -ENOMEM.  No write is
+ * under way, or session_lock is held for writing.
  */
-int bale_layer_set_size(BaleLayer *layer, uint64_t size);
+int bale_layer_reserve(BaleLayer *layer, uint64_t size);
 uint64_t bale_layer_find(BaleLayer *layer, uint64_t cluster);
 /* Set an index entry and keep the chunk counter; 0 or -ENOMEM. */
 int bale_layer_index_set(BaleLayer *layer, uint64_t cluster, uint64_t value,
                          uint64_t *old);
+/* Set an entry that is absent; @undo: remove it if it has that value. */
+int bale_layer_index_adopt(BaleLayer *layer, uint64_t cluster, uint64_t value,
+                           bool undo);
 /* The index does not point at @old any more (0: it pointed at nothing). */
 void bale_layer_account_old(BaleLayer *layer, uint64_t cluster, uint64_t old);
 /* Point @cluster at @copy if it still points at @value; counts either way. */
@@ -396,10 +446,32 @@ uint64_t bale_image_find(BaleImage *image, uint64_t cluster);
 /* May there be clusters of our own in the chunk with @cluster? */
 bool bale_image_chunk_used(BaleImage *image, uint64_t cluster);
 
-/* image.c: bale_image_new() adds the image to the store's */
-BaleImage *bale_image_new(BaleStore *s, const BaleImageRecord *record,
-                          GError **errp);
+/* Has the layer on top something of its own there? */
+bool bale_image_find_top(BaleImage *image, uint64_t cluster);
+/* May what the image shows be in a record of layer @id? */
+bool bale_image_shows_layer(BaleImage *image, uint32_t id);
+
+/* catalogue.c */
+/* Append @cat's record; in a session, session_lock held.  -EFBIG: too long. */
+int bale_catalogue_append(BaleStore *s, const BaleCatalogue *cat,
+                          bool shrinks);
+/* Remove layers that nothing needs; merge those that only a child needs. */
+void bale_catalogue_collect(BaleCatalogue *cat);
+/* Recovery: make @next, which is transferred, the store's.  -ENOMEM. */
+int bale_catalogue_install(BaleStore *s, BaleCatalogue *next);
+/* The same in use, durably; under admin_lock. */
+int bale_catalogue_commit(BaleStore *s, BaleCatalogue *next);
+
+/* image.c */
+BaleImage *bale_image_new(BaleStore *s, BaleLayer *top, GError **errp);
+/* Show what @cat says; under session_lock and log_lock. */
+void bale_image_follow(BaleImage *image, const BaleCatalogue *cat);
 void bale_image_free(BaleImage *image);
+/* The context that compresses for @image; "none" if there is no memory. */
+BaleCodecContext *bale_worker_codec(BaleWorkerContext *wc, BaleImage *image);
+/* Append to the fresh data; what frees space may use the reserve. */
+int bale_image_append(BaleStore *s, BaleRecord *r, const void *payload,
+                      uint64_t live, uint64_t *address);
 /* Does the range lie inside the image? */
 bool bale_image_contains(BaleImage *image, uint64_t offset, uint64_t len);
 /* Does anything lie under the image? */
@@ -413,10 +485,6 @@ int bale_image_zero_clusters(BaleImage *image, uint64_t first, uint64_t count,
 /* May the caller append now?  0, with session_lock held for reading. */
 int bale_store_write_begin(BaleStore *s);
 void bale_store_write_end(BaleStore *s);
-/* Take over a new record; the top layer has the size that it says. */
-void bale_image_set_record(BaleImage *image, const BaleImageRecord *record);
-int bale_image_record_append(BaleImage *image, const BaleImageRecord *record,
-                             bool shrinks);
 /*
  * Verify the record at @buf (of which @avail bytes may be read) as the data of
  * @cluster, and decompress it to @dst, one cluster long.
@@ -424,6 +492,13 @@ int bale_image_record_append(BaleImage *image, const BaleImageRecord *record,
 int bale_image_unpack(BaleImage *image, BaleWorkerContext *wc,
                       uint64_t address, uint64_t version, uint64_t cluster,
                       const uint8_t *buf, size_t avail, uint8_t *dst);
+
+/*
+ * Give the layer on top its own copies of the clusters of the range, at most
+ * BALE_REQUEST_MAX, that it does not have.
+ */
+void bale_image_copy_up(BaleImage *image, uint64_t offset, uint64_t len,
+                        BaleDone *done, void *opaque);
 
 /* Append what @data, one cluster, compresses to; on a worker. */
 int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
@@ -487,8 +562,8 @@ void bale_cache_free(BaleCache *cache);
 bool bale_cache_get(BaleCache *cache, uint64_t cluster, uint64_t value,
                     uint32_t offset, void *dst, uint32_t len);
 bool bale_cache_has(BaleCache *cache, uint64_t cluster, uint64_t value);
-/* Keep a copy of @data, unless @index has moved on from @value. */
-void bale_cache_put(BaleCache *cache, BaleIndex *index, uint64_t cluster,
+/* Keep a copy of @data, unless @image has moved on from @value. */
+void bale_cache_put(BaleCache *cache, BaleImage *image, uint64_t cluster,
                     uint64_t value, const void *data);
 void bale_cache_drop(BaleCache *cache, uint64_t cluster);
 void bale_cache_drop_all(BaleCache *cache);

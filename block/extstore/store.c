@@ -83,21 +83,43 @@ static void worker_context_free(void *context)
 
     if (wc) {
         bale_codec_context_free(wc->codec);
+        for (unsigned i = 0; i < WORKER_CODECS_MAX; i++) {
+            bale_codec_context_free(wc->codecs[i].context);
+        }
         bale_memory_free(wc->cluster);
         bale_memory_free(wc->packed);
         g_free(wc);
     }
 }
 
+BaleCodecContext *bale_worker_codec(BaleWorkerContext *wc, BaleImage *image)
+{
+    BaleWorkerCodec *c;
+
+    for (unsigned i = 0; i < WORKER_CODECS_MAX; i++) {
+        c = &wc->codecs[i];
+        if (c->context && c->codec == image->codec &&
+            c->level == image->level) {
+            return c->context;
+        }
+    }
+    c = &wc->codecs[wc->next_codec++ % WORKER_CODECS_MAX];
+    bale_codec_context_free(c->context);
+    c->codec = image->codec;
+    c->level = image->level;
+    c->context = bale_codec_context_new(c->codec, c->level, wc->cluster_size,
+                                        NULL);
+    return c->context ? c->context : wc->codec;
+}
+
 static void *worker_context_new(void *opaque, unsigned worker, GError **errp)
 {
     BaleStore *s = opaque;
     BaleWorkerContext *wc = g_new0(BaleWorkerContext, 1);
-    BaleImage *image = g_ptr_array_index(s->images, 0);
 
-    wc->codec = bale_codec_context_new(image->record.codec,
-                                       image->record.level,
-                                       s->cluster_size, errp);
+    wc->cluster_size = s->cluster_size;
+    wc->codec = bale_codec_context_new(BALE_CODEC_NONE, 0, s->cluster_size,
+                                       errp);
     wc->cluster = bale_memory_try_alloc(BALE_BLOCK_SIZE, s->cluster_size);
     wc->packed = bale_memory_try_alloc(BALE_BLOCK_SIZE, s->cluster_size);
     if (wc->codec && (!wc->cluster || !wc->packed)) {
@@ -121,7 +143,11 @@ static void store_free(BaleStore *s)
     bale_maintain_stop(s);
     bale_workers_free(s->workers);
     g_ptr_array_free(s->images, TRUE);
+    g_ptr_array_free(s->old_images, TRUE);
+    bale_epoch_drain(s->epoch);
     g_hash_table_destroy(s->layers);
+    bale_catalogue_free(s->catalogue);
+    pthread_mutex_destroy(&s->admin_lock);
     bale_cache_free(s->cache);
     bale_epoch_free(s->epoch);
     bale_log_destroy(s);
@@ -137,7 +163,7 @@ static void store_free_image(void *image)
 
 static void store_free_layer(void *layer)
 {
-    bale_layer_free(layer);
+    bale_layer_unref(layer);
 }
 
 static BaleStore *store_new(BaleDevice *dev, const BaleSuper *super,
@@ -155,7 +181,10 @@ static BaleStore *store_new(BaleDevice *dev, const BaleSuper *super,
     s->page_size = super->page_size;
     s->read_only = o->read_only;
     s->epoch = bale_epoch_new();
+    pthread_mutex_init(&s->admin_lock, NULL);
+    s->catalogue = bale_catalogue_new();
     s->images = g_ptr_array_new_with_free_func(store_free_image);
+    s->old_images = g_ptr_array_new_with_free_func(store_free_image);
     s->layers = g_hash_table_new_full(NULL, NULL, NULL, store_free_layer);
     s->checkpoint = g_array_new(FALSE, FALSE, sizeof(BaleCheckpointRecord));
     pthread_rwlock_init(&s->session_lock, NULL);
@@ -208,6 +237,10 @@ bool bale_create_options_check(const BaleCreateOptions *o, GError **errp)
                            "image size %" PRIu64 " is more than %llu "
                            "clusters of %" PRIu32, o->size,
                            BALE_IMAGE_CLUSTERS_MAX - 1, cluster_size);
+    }
+    if (o->image && *o->image && !bale_name_valid(o->image)) {
+        return store_error(errp, BALE_STORE_ERROR_INVALID,
+                           "an image cannot be called '%s'", o->image);
     }
     if (!bale_codec_valid(o->codec)) {
         return store_error(errp, BALE_STORE_ERROR_INVALID,
@@ -292,12 +325,40 @@ static int create_wipe(BaleDevice *dev)
     return ret < 0 ? ret : bale_device_flush_sync(dev);
 }
 
+/* The catalogue of a store with one empty image. */
+static bool create_catalogue(BaleStore *s, const BaleCreateOptions *o,
+                             GError **errp)
+{
+    BaleCatalogue *cat = bale_catalogue_new();
+    BaleLayerEntry layer = { .id = 1, .generation = 1, .size = o->size };
+    BaleImageEntry image = {
+        .id = 1,
+        .layer = 1,
+        .codec = o->codec,
+        .level = o->level,
+        .name = g_strdup(o->image ? o->image : ""),
+        .backing_file = g_strdup(o->backing_file ? o->backing_file : ""),
+        .backing_format = g_strdup(o->backing_format ? o->backing_format
+                                                     : ""),
+    };
+
+    if (image.name[0]) {
+        image.date_s = g_get_real_time() / G_USEC_PER_SEC;
+    }
+    g_array_append_val(cat->layers, layer);
+    g_array_append_val(cat->images, image);
+    cat->next_layer = cat->next_image = 2;
+    return bale_catalogue_install(s, cat) == 0 ||
+           store_error(errp, BALE_STORE_ERROR_NO_MEMORY,
+                       "no memory for an index of %" PRIu64 " bytes of image",
+                       o->size);
+}
+
 bool bale_store_create(BaleDevice *dev, const BaleCreateOptions *o,
                        GError **errp)
 {
     BaleOpenOptions open = { .workers = 1 };
     BaleSuper super = { .generation = 1 };
-    BaleImageRecord record = { .id = 1, .layer = 1 };
     BaleStore *s;
     bool ok = false;
     int ret;
@@ -317,15 +378,6 @@ bool bale_store_create(BaleDevice *dev, const BaleCreateOptions *o,
     }
     super.uuid[6] = (super.uuid[6] & 0x0f) | 0x40; /* RFC 4122, version 4 */
     super.uuid[8] = (super.uuid[8] & 0x3f) | 0x80;
-    record.size = o->size;
-    record.codec = o->codec;
-    record.level = o->level;
-    g_strlcpy(record.backing_file, o->backing_file ? o->backing_file : "",
-              sizeof(record.backing_file));
-    g_strlcpy(record.backing_format,
-              o->backing_format ? o->backing_format : "",
-              sizeof(record.backing_format));
-
     ret = create_wipe(dev);
     if (ret < 0) {
         return store_error(errp,
@@ -337,7 +389,7 @@ bool bale_store_create(BaleDevice *dev, const BaleCreateOptions *o,
         return false;
     }
     s = store_new(dev, &super, &open);
-    if (bale_image_new(s, &record, errp) && store_start(s, errp)) {
+    if (create_catalogue(s, o, errp) && store_start(s, errp)) {
         /*
          * The superblocks are zero until the checkpoint is complete: a crash
          * before that leaves no store at all, not half of one.
@@ -467,7 +519,7 @@ BaleStore *bale_store_open(BaleDevice *dev, const BaleOpenOptions *o,
 /* --- close --- */
 
 /* Wait for read-ahead and write-outs. */
-static void store_quiesce(BaleStore *s)
+void bale_store_quiesce(BaleStore *s)
 {
     pthread_mutex_lock(&s->log_lock);
     while (s->background) {
@@ -483,7 +535,7 @@ bool bale_store_checkpoint(BaleStore *s, GError **errp)
 
     ret = s->read_only || store_failed(s) ? 0 : bale_store_flush_sync(s);
     bale_maintain_pause(s);
-    store_quiesce(s);
+    bale_store_quiesce(s);
     if (ret < 0) {
         bale_maintain_resume(s);
         return store_error(errp,
@@ -531,7 +583,7 @@ bool bale_store_close(BaleStore *s, GError **errp)
         g_assert(image->openers == 0);
     }
     ok = bale_store_checkpoint(s, &err);
-    store_quiesce(s);
+    bale_store_quiesce(s);
     if (!ok && !store_failed(s) && bale_store_flush_sync(s) == 0) {
         /* Not quick to open next time, but nothing is lost. */
         g_warning("bale: %s; the next open will scan the store",

@@ -12,7 +12,8 @@
  * - A completed flush (or write with BALE_FUA) means that everything completed
  *   before the flush was submitted survives SIGKILL, a crash of the system and
  *   a power cut, on a device that honours its own flush.
- * - A completed create, resize, set_backing, clear or checkpoint is durable.
+ * - A completed create, delete, snapshot, rollback, resize, clear or
+ *   checkpoint is durable, as is whatever else changes an image as a whole.
  * - Damage is answered with -EIO and a report, never with wrong data.
  * - A full store answers -ENOSPC, to the request that found no room.
  * - The first failed device flush or write-back poisons the open store: from
@@ -65,7 +66,8 @@ typedef void BaleDone(void *opaque, int ret);
 #define BALE_IMAGE_CLUSTERS_MAX   (1ull << 36)
 #define BALE_IMAGE_SIZE_MAX       (1ull << 60)
 #define BALE_BACKING_NAME_MAX     4095u /* bytes without the final NUL */
-#define BALE_IMAGE_NAME_MAX       255u
+#define BALE_IMAGE_NAME_MAX       255u  /* bytes; also of a snapshot */
+#define BALE_LAYER_DEPTH_MAX      256u  /* layers of one image */
 #define BALE_REQUEST_MAX          (64u << 20) /* bytes of one read or write */
 
 /* Error domain of open, create and check. */
@@ -88,7 +90,8 @@ int bale_error_to_errno(const GError *err);
 /* --- creating and opening --- */
 
 typedef struct BaleCreateOptions {
-    uint64_t size;           /* of the unnamed image, bytes */
+    const char *image;       /* its name, borrowed; NULL: the unnamed one */
+    uint64_t size;           /* of the image, bytes */
     uint32_t cluster_size;   /* bytes, power of two; 0: default */
     uint64_t page_size;      /* bytes, multiple of 2 MiB; 0: default */
     BaleCodec codec;         /* for new clusters of the image */
@@ -102,7 +105,7 @@ typedef struct BaleCreateOptions {
 bool bale_create_options_check(const BaleCreateOptions *o, GError **errp);
 
 /*
- * Write an empty store with one unnamed image to @dev, durably.  @dev is
+ * Write an empty store with one image to @dev, durably.  @dev is
  * borrowed.  What was on the device before is lost, but only once the options
  * have been checked.
  */
@@ -295,16 +298,21 @@ typedef struct BaleImageInfo {
     BaleCodec codec;
     int level;
     uint32_t layer;
+    uint32_t layers;          /* how many there are under each other */
+    bool read_only;
     bool has_backing_file;
     char name[BALE_IMAGE_NAME_MAX + 1];
     char backing_file[BALE_BACKING_NAME_MAX + 1];
     char backing_format[64];
-    uint64_t allocated_clusters; /* that hold a record (data or zero) */
+    uint64_t allocated_clusters; /* that hold a record (data or zero); with
+                                  * several layers an upper bound */
 } BaleImageInfo;
 
 /*
- * Open the image @name; NULL is the unnamed one.  Close it with
- * bale_image_close() when no request on it is under way.
+ * Open the image @name; NULL is the unnamed one, and NAME@SNAPSHOT is a
+ * snapshot, which can only be read.  An image that is open already is the same
+ * object once more.  Close it with bale_image_close() when no request on it is
+ * under way.
  */
 BaleImage *bale_image_open(BaleStore *store, const char *name, GError **errp);
 void bale_image_close(BaleImage *image);
@@ -386,6 +394,104 @@ bool bale_image_set_backing(BaleImage *image, const char *backing_file,
                             const char *backing_format, GError **errp);
 /* Drop all clusters: the whole image shows what lies under it. */
 bool bale_image_clear(BaleImage *image, GError **errp);
+
+/*
+ * --- many images, snapshots ---
+ *
+ * An image's name is 1 to BALE_IMAGE_NAME_MAX bytes of UTF-8 without control
+ * characters and without '@'; NULL and "" stand for the unnamed image.  A
+ * snapshot's name is the same; wherever one is asked for, its id in digits will
+ * do.
+ *
+ * All of these may block, are durable when they return true, and change nothing
+ * when they return false (unless the store is poisoned).  Snapshots and clones
+ * take the same time whatever an image's size: the clusters that an image has
+ * so far stay in a layer that is frozen, and it goes on in a new one.  Space of
+ * what is deleted comes back by compaction.
+ */
+
+typedef struct BaleImageOptions {
+    const char *name;           /* borrowed, as are all of these */
+    uint64_t size;              /* bytes */
+    BaleCodec codec;
+    int level;
+    const char *backing_file;   /* NULL: none */
+    const char *backing_format; /* NULL: not given */
+} BaleImageOptions;
+
+bool bale_image_create(BaleStore *store, const BaleImageOptions *o,
+                       GError **errp);
+/* With its snapshots.  Neither it nor one of them may be open. */
+bool bale_image_delete(BaleStore *store, const char *name, GError **errp);
+bool bale_image_rename(BaleStore *store, const char *name,
+                       const char *new_name, GError **errp);
+/* From then on writes fail with -EROFS, also where it is open. */
+bool bale_image_set_read_only(BaleStore *store, const char *name,
+                              bool read_only, GError **errp);
+/* A new image that shows what @name, or its @snapshot (or NULL), shows now. */
+bool bale_image_clone(BaleStore *store, const char *name,
+                      const char *snapshot, const char *new_name,
+                      GError **errp);
+
+typedef struct BaleFlattenOptions {
+    bool (*progress)(void *opaque, uint64_t done, uint64_t total);
+    void *opaque;
+} BaleFlattenOptions;
+
+/*
+ * Copy what the image shows of other layers into its own, which then lies over
+ * nothing.  It may be in use.  @o may be NULL; its progress may be, or return
+ * false to stop, which is no error.
+ */
+bool bale_image_flatten(BaleStore *store, const char *name,
+                        const BaleFlattenOptions *o, GError **errp);
+
+typedef struct BaleSnapshotInfo {
+    const char *name;        /* borrowed */
+    uint64_t date_s;         /* since 1970; 0: now */
+    uint32_t date_ns;
+    uint64_t vm_clock_ns;
+} BaleSnapshotInfo;
+
+bool bale_snapshot_create(BaleStore *store, const char *image,
+                          const BaleSnapshotInfo *info, GError **errp);
+/* It may not be open.  Clusters that others need stay. */
+bool bale_snapshot_delete(BaleStore *store, const char *image,
+                          const char *snapshot, GError **errp);
+/*
+ * The image shows again what the snapshot shows, and has its size.  What was
+ * written since is lost.  No request on the image is under way.
+ */
+bool bale_snapshot_rollback(BaleStore *store, const char *image,
+                            const char *snapshot, GError **errp);
+
+typedef struct BaleImageListEntry {
+    char *name;
+    uint32_t id;
+    uint64_t size;           /* bytes */
+    uint64_t own_bytes;      /* about; of records that only it can change */
+    uint32_t layers, snapshots;
+    bool read_only;
+    BaleCodec codec;
+    int level;
+    uint64_t date_s;         /* 0: not known */
+} BaleImageListEntry;
+
+typedef struct BaleSnapshotListEntry {
+    char *name;
+    uint32_t id;
+    uint64_t size;
+    uint64_t own_bytes;
+    uint64_t date_s;
+    uint32_t date_ns;
+    uint64_t vm_clock_ns;
+} BaleSnapshotListEntry;
+
+/* BaleImageListEntry; free with g_array_unref(). */
+GArray *bale_image_list(BaleStore *store);
+/* BaleSnapshotListEntry, oldest first; NULL: there is no such image. */
+GArray *bale_snapshot_list(BaleStore *store, const char *image,
+                           GError **errp);
 
 /* --- compaction --- */
 

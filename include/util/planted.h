@@ -44,6 +44,7 @@ enum {
     BALE_PLANTED_tail_not_proven,
     BALE_PLANTED_damage_unreported,
     BALE_PLANTED_revive_unwritten,
+    BALE_PLANTED_generation_unchecked,
 };
 
 #ifndef BALE_PLANTED_BUG
