@@ -1208,6 +1208,10 @@ static BlockDriver bdrv_bale = {
     .bdrv_co_pwrite_zeroes           = bale_co_pwrite_zeroes,
     .bdrv_co_pdiscard                = bale_co_pdiscard,
     .bdrv_co_flush_to_os             = bale_co_flush_to_os,
+#ifdef BALE_BUILT_IN
+    .bdrv_get_specific_info          = bale_get_specific_info,
+    .bdrv_get_specific_stats         = bale_get_specific_stats,
+#endif
     .bdrv_co_flush_to_disk           = bale_co_flush_to_disk,
     .bdrv_co_block_status            = bale_co_block_status,
 
