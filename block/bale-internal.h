@@ -11,6 +11,9 @@
 
 #include "extstore/store.h"
 
+#include "bale-bridge-internal.h"
+#include "bale-control-internal.h"
+
 /* The driver's format_name; bs->drv->format_name of a bale node. */
 #define BALE_FORMAT_NAME "bale"
 
@@ -22,5 +25,18 @@ BaleStore *bale_bs_store(BlockDriverState *bs);
 
 /* The image of @bs, likewise. */
 BaleImage *bale_bs_image(BlockDriverState *bs);
+
+/* What @bs, a bale node, keeps for the monitor. */
+BaleControl *bale_bs_control(BlockDriverState *bs);
+
+/*
+ * Run a blocking function of the engine as bale_bridge_run() does; transfers of
+ * the store pass meanwhile even if the node is drained.
+ */
+void bale_bs_run(BlockDriverState *bs, BaleBlockingFunc *fn, void *opaque);
+
+/* Bracket one that runs elsewhere in the same manner. */
+void bale_bs_busy_begin(BlockDriverState *bs);
+void bale_bs_busy_end(BlockDriverState *bs);
 
 #endif

@@ -24,17 +24,16 @@
 #include "block/block_int.h"
 #include "block/qdict.h"
 #include "qapi/error.h"
-#include "qapi/qapi-events-block-core.h"
 #include "qapi/qmp/qdict.h"
 #include "qemu/cutils.h"
 #include "qemu/error-report.h"
-#include "qemu/main-loop.h"
 #include "qemu/module.h"
 #include "qemu/option.h"
 
 #include "extstore/store.h"
 
 #include "bale-bridge-internal.h"
+#include "bale-control-internal.h"
 #include "bale-driver-internal.h"
 #include "bale-internal.h"
 #include "bdrv-device-internal.h"
@@ -66,6 +65,8 @@ typedef struct BDRVBaleState {
     int damage_reports; /* atomic */
 
     CoMutex revive_lock; /* one attempt at a time */
+
+    BaleControl control;
 } BDRVBaleState;
 
 BaleStore *bale_bs_store(BlockDriverState *bs)
@@ -85,72 +86,45 @@ BaleImage *bale_bs_image(BlockDriverState *bs)
     return bale_bs_store(bs) ? s->image : NULL;
 }
 
+BaleControl *bale_bs_control(BlockDriverState *bs)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    return &s->control;
+}
+
+void bale_bs_busy_begin(BlockDriverState *bs)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    bale_bdrv_device_busy_begin(s->dev);
+}
+
+void bale_bs_busy_end(BlockDriverState *bs)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    if (s->dev) {
+        bale_bdrv_device_busy_end(s->dev);
+    }
+}
+
 /*
  * --- Notices of the engine
  */
 
-typedef struct BaleNotice {
-    char *node_name;
-    char *filename;
-    char *text;
-    bool damage;
-    bool last;
-} BaleNotice;
-
-static void notice_bh(void *opaque)
-{
-    BaleNotice *n = opaque;
-
-    if (n->damage) {
-        error_report("bale: '%s': %s%s", n->filename, n->text,
-                     n->last ? " (no more such reports for this node)" : "");
-        qapi_event_send_block_image_corrupted("", true, n->node_name, n->text,
-                                              false, 0, false, 0, false);
-    } else {
-        error_report("bale: '%s': %s; it takes no more writes until "
-                     "everything that was not flushed could be written again",
-                     n->filename, n->text);
-        qapi_event_send_block_image_corrupted("", true, n->node_name, n->text,
-                                              false, 0, false, 0, true);
-    }
-    g_free(n->node_name);
-    g_free(n->filename);
-    g_free(n->text);
-    g_free(n);
-}
-
-static void notice_send(BDRVBaleState *s, const char *text, bool damage,
-                        bool last)
-{
-    BaleNotice *n = g_new0(BaleNotice, 1);
-
-    n->node_name = g_strdup(s->node_name);
-    n->filename = g_strdup(s->filename);
-    n->text = g_strdup(text);
-    n->damage = damage;
-    n->last = last;
-    aio_bh_schedule_oneshot(qemu_get_aio_context(), notice_bh, n);
-}
-
 static void notice_failed(void *opaque, const char *reason)
 {
-    notice_send(opaque, reason, false, false);
-}
+    BDRVBaleState *s = opaque;
 
-static void notice_revived_bh(void *opaque)
-{
-    g_autofree char *filename = opaque;
-
-    warn_report("bale: '%s': everything that was not flushed was written "
-                "again; the store takes writes", filename);
+    bale_notice_failed(s->node_name, s->filename, reason);
 }
 
 static void notice_revived(void *opaque)
 {
     BDRVBaleState *s = opaque;
 
-    aio_bh_schedule_oneshot(qemu_get_aio_context(), notice_revived_bh,
-                            g_strdup(s->filename));
+    bale_notice_recovered(s->node_name, s->filename);
 }
 
 static void notice_damage(void *opaque, const char *what)
@@ -159,7 +133,8 @@ static void notice_damage(void *opaque, const char *what)
     int nr = qatomic_fetch_inc(&s->damage_reports);
 
     if (nr < DAMAGE_REPORTS_MAX) {
-        notice_send(s, what, true, nr == DAMAGE_REPORTS_MAX - 1);
+        bale_notice_damage(s->node_name, s->filename, what,
+                           nr == DAMAGE_REPORTS_MAX - 1);
     } else {
         qatomic_dec(&s->damage_reports);
     }
@@ -257,6 +232,11 @@ static void engine_run(BlockDriverState *bs, BaleBlockingFunc *fn,
     bale_bdrv_device_busy_begin(dev);
     bale_bridge_run(bdrv_get_aio_context(bs), fn, opaque);
     bale_bdrv_device_busy_end(dev);
+}
+
+void bale_bs_run(BlockDriverState *bs, BaleBlockingFunc *fn, void *opaque)
+{
+    engine_run(bs, fn, opaque);
 }
 
 typedef struct EngineOpen {
@@ -515,6 +495,7 @@ static void bale_close(BlockDriverState *bs)
     BDRVBaleState *s = bs->opaque;
     Error *err = NULL;
 
+    bale_control_close(&s->control);
     if (engine_close(bs, &err) < 0) {
         error_reportf_err(err, "bale: '%s': closing: ", s->filename);
     }
@@ -525,8 +506,10 @@ static void bale_close(BlockDriverState *bs)
 static int bale_inactivate(BlockDriverState *bs)
 {
     Error *err = NULL;
-    int ret = engine_set_read_only(bs, true, &err);
+    int ret;
 
+    bale_control_stop(bs);
+    ret = engine_set_read_only(bs, true, &err);
     if (ret < 0) {
         BDRVBaleState *s = bs->opaque;
 
@@ -549,6 +532,7 @@ static void coroutine_fn bale_co_invalidate_cache(BlockDriverState *bs,
     if (ret < 0) {
         error_prepend(errp, "Could not reopen the store: ");
         /* Like qcow2: a node that cannot be used answers no more requests. */
+        bale_control_close(bale_bs_control(bs));
         bs->drv = NULL;
         return;
     }
@@ -559,9 +543,15 @@ static int bale_reopen_prepare(BDRVReopenState *state,
                                BlockReopenQueue *queue, Error **errp)
 {
     BlockDriverState *bs = state->bs;
+    BaleJob *job = bale_bs_control(bs)->job;
 
     if (state->flags & (BDRV_O_RDWR | BDRV_O_INACTIVE)) {
         return 0;
+    }
+    if (job && bale_job_writes(job)) {
+        error_setg(errp, "Node '%s' has a job that writes: '%s'",
+                   bdrv_get_node_name(bs), bale_job_id(job));
+        return -EBUSY;
     }
     /* Make it durable and clean while the child may still be written to. */
     return engine_set_read_only(bs, true, errp);

@@ -27,6 +27,7 @@
 #pragma weak BlockdevDriver_lookup
 #pragma weak BlkdebugEvent_lookup
 #pragma weak ImageInfoSpecificKind_lookup
+#pragma weak JobType_lookup
 
 static void guard_table(const char *name, const QEnumLookup *lookup, int size)
 {
@@ -46,6 +47,7 @@ static void __attribute__((constructor(GUARD_PRIORITY))) guard_abi(void)
     guard_table("BlkdebugEvent", &BlkdebugEvent_lookup, BLKDBG__MAX);
     guard_table("ImageInfoSpecificKind", &ImageInfoSpecificKind_lookup,
                 IMAGE_INFO_SPECIFIC_KIND__MAX);
+    guard_table("JobType", &JobType_lookup, JOB_TYPE__MAX);
 }
 
 const char *bale_module_stamp(void)

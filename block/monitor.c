@@ -16,7 +16,8 @@
  *    the enumeration end in abort() for a name they do not know.
  *  - query-qmp-schema shows our commands, types and drivers.
  *  - The enumeration of drivers gets the name "bale", so that options which
- *    name a format ("qemu-img create -b x.bale -F bale") accept it.
+ *    name a format ("qemu-img create -b x.bale -F bale") accept it; that of
+ *    types of jobs gets ours (bale-job.c).
  *
  * Threads: all of it runs in the main thread, most before main().
  *
@@ -35,7 +36,7 @@
 #include "qapi/error.h"
 #include "qapi/qapi-commands-block-core.h"
 #include "qapi/qapi-commands-char.h"
-#include "qapi/qapi-emit-events.h"
+#include "qapi/qapi-types-job.h"
 #include "qapi/qapi-visit-block-core.h"
 #include "qapi/qmp/dispatch.h"
 #include "qapi/qmp/qdict.h"
@@ -51,8 +52,8 @@
 #include "qemu/module.h"
 #include "qemu/option.h"
 
+#include "bale-control-internal.h"
 #include "bale-internal.h"
-#include "bale-qapi-emit-events.h"
 #include "bale-qapi-init-commands.h"
 #include "bale-qapi-introspect.h"
 #include "bale-qapi-visit-blockdev.h"
@@ -64,6 +65,7 @@
  * export must be weak, or the module would not load into the others.
  */
 #pragma weak BlockdevDriver_lookup
+#pragma weak JobType_lookup
 #pragma weak qemu_main
 #pragma weak qmp_commands
 
@@ -88,6 +90,9 @@ static const OurDriver our_drivers[] = {
     { BALE_FORMAT_NAME, "BlockdevOptionsBale", true },
     { BALE_SEQCACHE_FORMAT_NAME, "BlockdevOptionsSeqcache", false },
 };
+
+/* In the order of BaleJobType. */
+static const char *const job_type_names[] = { "bale-compact", "bale-verify" };
 
 static const OurDriver *find_driver(const QDict *options)
 {
@@ -443,6 +448,25 @@ static void announce_drivers(QDict *entity)
     }
 }
 
+/* The same for the types of jobs. */
+static void announce_job_types(QDict *entity)
+{
+    QList *values = qobject_to(QList, qdict_get(entity, "values"));
+    QList *members = qobject_to(QList, qdict_get(entity, "members"));
+
+    if (!values || !members || !list_has_string(values, "snapshot-save") ||
+        !list_has_string(values, "stream")) {
+        return;
+    }
+    for (size_t i = 0; i < ARRAY_SIZE(job_type_names); i++) {
+        QDict *member = qdict_new();
+
+        qdict_put_str(member, "name", job_type_names[i]);
+        qlist_append(members, member);
+        qlist_append_str(values, job_type_names[i]);
+    }
+}
+
 static void our_query_qmp_schema(QDict *args, QObject **ret, Error **errp)
 {
     g_autoptr(GHashTable) names = g_hash_table_new(g_str_hash, g_str_equal);
@@ -460,6 +484,7 @@ static void our_query_qmp_schema(QDict *args, QObject **ret, Error **errp)
 
         g_hash_table_add(names, (void *)qdict_get_str(entity, "name"));
         announce_drivers(entity);
+        announce_job_types(entity);
     }
     ours = qobject_from_qlit(&bale_qmp_schema_qlit);
     QLIST_FOREACH_ENTRY(qobject_to(QList, ours), element) {
@@ -476,13 +501,6 @@ static void our_query_qmp_schema(QDict *args, QObject **ret, Error **errp)
 }
 
 /* --- registration --- */
-
-/* The program's own events are rate-limited by number; ours have no limit,
- * which is what number 0 has. The name is in the dictionary. */
-void bale_qapi_event_emit(bale_QAPIEvent event, QDict *qdict)
-{
-    qapi_event_emit(0, qdict);
-}
 
 static void take_over(const char *name, QmpCommandFunc *ours,
                       QmpCommandFunc **program)
@@ -540,44 +558,63 @@ static void monitor_block_init(void)
 
 block_init(monitor_block_init);
 
-/* --- the enumeration of drivers --- */
+/* --- enumerations --- */
 
 /*
- * Append "bale" to the names of BlockdevDriver. The table lies in memory that
- * the dynamic linker has made read-only.
+ * Append @count names to an enumeration.  The table lies in memory that the
+ * dynamic linker has made read-only.  False if that cannot be changed.
  */
-static void extend_driver_enum(void)
+static bool extend_enum(const QEnumLookup *table, const char *const *more,
+                        size_t count)
 {
-    QEnumLookup *lookup = (QEnumLookup *)&BlockdevDriver_lookup;
+    QEnumLookup *lookup = (QEnumLookup *)table;
     uintptr_t page_bytes = getpagesize();
     uintptr_t start, bytes;
     const char **names;
     unsigned char *features = NULL;
 
     if (!lookup) {
-        return;
+        return false;
     }
-    names = g_new0(const char *, lookup->size + 2);
+    names = g_new0(const char *, lookup->size + count + 1);
     memcpy(names, lookup->array, lookup->size * sizeof(names[0]));
-    names[lookup->size] = BALE_FORMAT_NAME;
+    memcpy(names + lookup->size, more, count * sizeof(names[0]));
     if (lookup->special_features) {
-        features = g_new0(unsigned char, lookup->size + 1);
+        features = g_new0(unsigned char, lookup->size + count);
         memcpy(features, lookup->special_features, lookup->size);
     }
 
     start = (uintptr_t)lookup & -page_bytes;
     bytes = ROUND_UP((uintptr_t)(lookup + 1) - start, page_bytes);
     if (mprotect((void *)start, bytes, PROT_READ | PROT_WRITE) < 0) {
-        /* Everything works but -F bale. */
-        warn_report("bale: cannot add the format's name: %s", strerror(errno));
+        /* Everything works but -F bale and our jobs. */
+        warn_report("bale: cannot extend an enumeration: %s", strerror(errno));
         g_free(names);
         g_free(features);
-        return;
+        return false;
     }
     *(const char *const **)&lookup->array = names;
     *(const unsigned char **)&lookup->special_features = features;
-    *(int *)&lookup->size += 1;
+    *(int *)&lookup->size += count;
     mprotect((void *)start, bytes, PROT_READ);
+    return true;
+}
+
+static bool job_types_known;
+
+bool bale_job_types_known(void)
+{
+    return job_types_known;
+}
+
+static void extend_enums(void)
+{
+    static const char *const format_names[] = { BALE_FORMAT_NAME };
+
+    extend_enum(&BlockdevDriver_lookup, format_names,
+                ARRAY_SIZE(format_names));
+    job_types_known = extend_enum(&JobType_lookup, job_type_names,
+                                  ARRAY_SIZE(job_type_names));
 }
 
 /* --- command line --- */
@@ -741,7 +778,7 @@ void bale_module_argv(int *argc, char ***argv)
     bool ours = false;
     char **copy;
 
-    extend_driver_enum();
+    extend_enums();
     if (!&qemu_main) {
         return;
     }
