@@ -341,6 +341,7 @@ BaleImage *bale_image_new(BaleStore *s, BaleLayer *top, GError **errp)
     image->top = top;
     image->record.size = image->size = top->size;
     pthread_mutex_init(&image->range_lock, NULL);
+    pthread_mutex_init(&image->stream_lock, NULL);
     image->ranges_waiting_tail = &image->ranges_waiting;
     image->mutable_region = bale_mutable_new(image);
     if (!image->mutable_region) {
@@ -357,6 +358,7 @@ void bale_image_free(BaleImage *image)
     if (image) {
         bale_mutable_free(image->mutable_region);
         pthread_mutex_destroy(&image->range_lock);
+    pthread_mutex_destroy(&image->stream_lock);
         g_free(image);
     }
 }

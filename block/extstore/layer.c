@@ -210,30 +210,39 @@ int bale_layer_index_adopt(BaleLayer *layer, uint64_t cluster, uint64_t value,
     return ret == -EAGAIN ? 0 : ret;
 }
 
+/* Nothing points at the record of @old any more. */
+static void layer_account(BaleStore *s, uint64_t old)
+{
+    pthread_mutex_lock(&s->log_lock);
+    bale_page_live_sub(s, bale_value_address(old),
+                       bale_value_live(old, s->cluster_size));
+    pthread_mutex_unlock(&s->log_lock);
+}
+
 void bale_layer_account_old(BaleLayer *layer, uint64_t cluster, uint64_t old)
 {
     BaleStore *s = layer->store;
 
-    if (s->cache) {
-        bale_cache_drop(s->cache, cluster);
-    }
     if (old) {
-        pthread_mutex_lock(&s->log_lock);
-        bale_page_live_sub(s, bale_value_address(old),
-                           bale_value_live(old, s->cluster_size));
-        pthread_mutex_unlock(&s->log_lock);
+        if (s->cache) {
+            bale_cache_drop(s->cache, cluster, old);
+        }
+        layer_account(s, old);
     }
 }
 
 void bale_layer_index_move(BaleLayer *layer, uint64_t cluster, uint64_t value,
                            uint64_t copy)
 {
+    BaleStore *s = layer->store;
     uint64_t gone = value;
 
     if (bale_index_update(layer->index, cluster, value, copy, NULL) < 0) {
         gone = copy; /* somebody was faster: the copy is garbage */
+    } else if (s->cache) {
+        bale_cache_move(s->cache, layer, cluster, value, copy);
     }
-    bale_layer_account_old(layer, cluster, gone);
+    layer_account(s, gone);
 }
 
 static bool layer_removed(uint64_t cluster, uint64_t value, void *opaque)

@@ -43,8 +43,17 @@
 #define READ_RETRIES_MAX 100
 /* Requests of this many bytes and more need no read-ahead and no cache. */
 #define READ_LARGE (512u << 10)
-/* How far read-ahead goes, bytes. */
-#define READAHEAD_LEN (1u << 20)
+/* How far read-ahead goes, bytes, or as many clusters if they are large. */
+#define READAHEAD_MAX (1u << 20)
+#define READAHEAD_CLUSTERS_MAX 4u
+/* ... and at most this part of the cache. */
+#define READAHEAD_CACHE_PART 16u
+/* After so many clusters were used or wasted the length is looked at. */
+#define READAHEAD_SAMPLE 32u
+/* A stream that was not continued for so many reads may be replaced. */
+#define STREAM_AGE_MAX 64u
+/* Longer clusters are always decompressed by workers. */
+#define INLINE_CLUSTER_MAX (128u << 10)
 
 typedef struct BaleRequest BaleRequest;
 typedef struct ClusterOp ClusterOp;
@@ -89,6 +98,8 @@ struct ClusterOp {
     size_t avail;
     unsigned retries;
     ClusterOp *run_next;
+    BaleCacheLoad load;
+    BaleCacheWaiter waiter;
     /* bounce buffer for backing reads; base of a partial write */
     uint8_t *buf;
     /* reading: what the mutable region held, laid over at the end */
@@ -102,6 +113,7 @@ struct BaleRequest {
     BaleImage *image;
     RequestKind kind;
     unsigned flags;
+    bool scan;             /* a small read that continues a stream */
     uint64_t offset, len;
     const struct iovec *iov;
     int iovcnt;
@@ -439,8 +451,11 @@ static void run_release(ReadRun *run)
     g_free(run);
 }
 
+/* The record is not needed any more; others who wait for it look again. */
 static void op_read_release(ClusterOp *op)
 {
+    BaleCacheWaiter *waiter = bale_cache_load_end(&op->load);
+
     if (op->pinned) {
         bale_log_unpin(op->req->image->store, op->pinned);
         op->pinned = NULL;
@@ -448,6 +463,14 @@ static void op_read_release(ClusterOp *op)
     if (op->run) {
         run_release(op->run);
         op->run = NULL;
+    }
+    while (waiter) {
+        ClusterOp *next = (ClusterOp *)((char *)waiter -
+                                        offsetof(ClusterOp, waiter));
+        ReadRun *runs = NULL;
+
+        waiter = waiter->next;
+        op_read_start(next, &runs);
     }
 }
 
@@ -499,28 +522,65 @@ static void op_report_damage(ClusterOp *op)
     }
 }
 
-/* On a worker: the record is in memory. */
-static void op_read_work(BaleWork *work, void *context, unsigned worker)
+/* What is read in small pieces, or ahead, is kept in the cache. */
+static bool op_is_kept(const ClusterOp *op)
 {
-    ClusterOp *op = (ClusterOp *)((char *)work - offsetof(ClusterOp, work));
-    BaleWorkerContext *wc = context;
+    const BaleRequest *req = op->req;
+
+    return bale_cache_max_bytes(req->image->store->cache) > 0 &&
+           (req->kind == REQUEST_READAHEAD ||
+            (req->kind == REQUEST_READ && req->len < READ_LARGE));
+}
+
+/*
+ * The record is in memory: decompress it to where it belongs.  Not into the
+ * caller's memory what goes to the cache, as that may be a guest's.
+ */
+static int op_unpack(ClusterOp *op, BaleWorkerContext *wc)
+{
     BaleRequest *req = op->req;
     BaleImage *image = req->image;
     BaleStore *s = image->store;
-    uint8_t *dst = NULL;
+    bool ahead = req->kind == REQUEST_READAHEAD;
+    uint8_t *buf = NULL, *dst = NULL;
     int ret;
 
-    if (req->kind != REQUEST_READAHEAD && op->len == s->cluster_size) {
+    if (op_is_kept(op)) {
+        dst = buf = bale_cache_buffer_get(s->cache);
+    } else if (!ahead && op->len == s->cluster_size) {
         dst = iov_piece(req->iov, req->iovcnt, op->at, op->len);
     }
     dst = dst ? dst : wc->cluster;
     ret = bale_image_unpack(image, wc, bale_value_address(op->value),
                             op->version, op->cluster, op->src, op->avail,
                             dst);
+    if (ret == 0 && !ahead && (buf || dst == wc->cluster)) {
+        iov_copy(req->iov, req->iovcnt, op->at, dst + op->offset, op->len,
+                 true);
+    }
+    if (buf && ret == 0) {
+        /* Still a reader of the page: the value cannot come back. */
+        bale_cache_put(s->cache, image, op->cluster, op->value, buf,
+                       ahead       ? BALE_CACHE_AHEAD
+                       : req->scan ? BALE_CACHE_SCAN
+                                   : BALE_CACHE_RANDOM);
+    } else if (buf) {
+        bale_cache_buffer_put(s->cache, buf);
+    }
+    return ret;
+}
+
+/* On a worker: the record is in memory. */
+static void op_read_work(BaleWork *work, void *context, unsigned worker)
+{
+    ClusterOp *op = (ClusterOp *)((char *)work - offsetof(ClusterOp, work));
+    BaleImage *image = op->req->image;
+    int ret = op_unpack(op, context);
+
+    op_read_release(op);
     if (ret == -EIO) {
         ReadRun *runs = NULL;
 
-        op_read_release(op);
         /*
          * A record that was superseded, and whose page was reused, before we
          * could count as its reader is no damage: look again.
@@ -532,30 +592,40 @@ static void op_read_work(BaleWork *work, void *context, unsigned worker)
         }
         op_report_damage(op);
     }
-    if (ret < 0) {
-        op_read_release(op);
-        op_done(op, ret);
-        return;
-    }
-    if (dst == wc->cluster) {
-        if (s->cache && (req->kind == REQUEST_READAHEAD ||
-                         req->len < READ_LARGE)) {
-            /* Still a reader of the page: the value cannot come back. */
-            bale_cache_put(s->cache, image, op->cluster, op->value, dst);
-        }
-        if (req->kind != REQUEST_READAHEAD) {
-            iov_copy(req->iov, req->iovcnt, op->at, dst + op->offset,
-                     op->len, true);
-        }
-    }
-    op_read_release(op);
     op_done(op, ret);
+}
+
+/*
+ * The record is in memory.  When nobody else reads, then the way to a worker
+ * and back takes longer than what could be done meanwhile is worth: this
+ * thread, the device's or the caller's, decompresses one small cluster itself.
+ */
+static void op_read_fetched(ClusterOp *op)
+{
+    BaleRequest *req = op->req;
+    BaleStore *s = req->image->store;
+
+    if (req->kind == REQUEST_READ && req->n == 1 &&
+        s->cluster_size <= INLINE_CLUSTER_MAX &&
+        __atomic_load_n(&s->reads_in_flight, __ATOMIC_RELAXED) == 1 &&
+        !__atomic_exchange_n(&s->inline_busy, 1, __ATOMIC_ACQUIRE)) {
+        int ret = op_unpack(op, &s->inline_context);
+
+        __atomic_store_n(&s->inline_busy, 0, __ATOMIC_RELEASE);
+        if (ret != -EIO) {
+            op_read_release(op);
+            op_done(op, ret);
+            return;
+        }
+        /* A worker looks at it again, and may wait for the device. */
+    }
+    op->work.fn = op_read_work;
+    bale_workers_push(s->workers, &op->work, BALE_WORK_URGENT);
 }
 
 static void run_done(BaleDeviceIo *io, int ret)
 {
     ReadRun *run = (ReadRun *)((char *)io - offsetof(ReadRun, io));
-    BaleStore *s = run->store;
     ClusterOp *op = run->ops;
 
     while (op) {
@@ -569,8 +639,7 @@ static void run_done(BaleDeviceIo *io, int ret)
 
             op->src = (uint8_t *)io->buf + (address - run->begin);
             op->avail = run->end - address;
-            op->work.fn = op_read_work;
-            bale_workers_push(s->workers, &op->work, BALE_WORK_URGENT);
+            op_read_fetched(op);
         }
         op = next;
     }
@@ -687,6 +756,26 @@ static void op_read_backing(ClusterOp *op)
                         op);
 }
 
+static bool op_read_cached(ClusterOp *op)
+{
+    BaleRequest *req = op->req;
+    BaleImage *image = req->image;
+    uint8_t *dst = iov_piece(req->iov, req->iovcnt, op->at, op->len);
+    BALE_AUTO_MEMORY uint8_t *copy = NULL;
+
+    if (!dst) {
+        dst = copy = bale_memory_try_alloc(64, op->len);
+    }
+    if (!dst || !bale_cache_get(image->store->cache, op->cluster,
+                                op->value, op->offset, dst, op->len)) {
+        return false;
+    }
+    if (copy) {
+        iov_copy(req->iov, req->iovcnt, op->at, copy, op->len, true);
+    }
+    return true;
+}
+
 /*
  * Look the cluster up and answer from where it is.  Runs are collected in
  * @runs if the caller submits them (@runs points at a list that may be
@@ -744,19 +833,26 @@ static void op_read_lookup(ClusterOp *op, ReadRun **runs)
         op_done(op, 0);
         return;
     }
-    if (s->cache && req->kind != REQUEST_READAHEAD &&
-        req->len < READ_LARGE) {
-        uint8_t *dst = iov_piece(req->iov, req->iovcnt, op->at, op->len);
+    if (req->kind != REQUEST_READAHEAD && req->len < READ_LARGE &&
+        bale_cache_max_bytes(s->cache) > 0) {
+        bool hit = op_read_cached(op);
 
-        if (dst && bale_cache_get(s->cache, op->cluster, op->value,
-                                  op->offset, dst, op->len)) {
-            stat_add(&s->stats.cache_hits, 1);
+        stat_add(hit ? &s->stats.cache_hits : &s->stats.cache_misses, 1);
+        if (hit) {
             op_done(op, 0);
             return;
         }
-        stat_add(&s->stats.cache_misses, 1);
     }
 
+    if (op_is_kept(op) &&
+        !bale_cache_load_begin(s->cache, &op->load, op->cluster, op->value,
+                               req->kind == REQUEST_READ ? &op->waiter
+                                                         : NULL)) {
+        if (req->kind == REQUEST_READAHEAD) {
+            op_done(op, 0);
+        }
+        return;
+    }
     pthread_mutex_lock(&s->log_lock);
     /* While the index points into a page that page is not freed. */
     op->value = bale_image_find(image, op->cluster);
@@ -764,6 +860,7 @@ static void op_read_lookup(ClusterOp *op, ReadRun **runs)
         !bale_address_split(s, bale_value_address(op->value), &page,
                             &offset)) {
         pthread_mutex_unlock(&s->log_lock);
+        op_read_release(op);
         if (bale_value_class(op->value)) {
             op_report_damage(op);
             op_done(op, -EIO);
@@ -784,17 +881,19 @@ static void op_read_lookup(ClusterOp *op, ReadRun **runs)
 
     if (src) {
         stat_add(&s->stats.memory_hits, 1);
-        op->work.fn = op_read_work;
-        bale_workers_push(s->workers, &op->work, BALE_WORK_URGENT);
+        op_read_fetched(op);
     } else if (!joined) {
+        op_read_release(op);
         op_done(op, -ENOMEM);
     }
 }
 
 static void op_read_start(ClusterOp *op, ReadRun **runs)
 {
-    op_read_lookup(op, runs);
-    runs_submit(op->req->image->store, *runs);
+    BaleStore *s = op->req->image->store;
+
+    op_read_lookup(op, runs); /* may complete the request */
+    runs_submit(s, *runs);
     *runs = NULL;
 }
 
@@ -811,38 +910,105 @@ static void read_start(BaleRequest *req)
     request_unref(req);
 }
 
-/* Fetch what a sequential reader will want next. */
-static void image_readahead(BaleImage *image, uint64_t offset, uint64_t len)
+/*
+ * How far to be ahead at most: less while more of what is read ahead is
+ * dropped unread than used.  Under stream_lock.
+ */
+static uint32_t streams_ahead_max(BaleImage *image)
 {
     BaleStore *s = image->store;
-    uint64_t size = bale_image_size(image);
-    uint64_t end = offset + len, from, to;
-    BaleRequest *req;
-    unsigned slot;
+    uint64_t limit = MAX(READAHEAD_MAX,
+                         (uint64_t)READAHEAD_CLUSTERS_MAX * s->cluster_size);
+    uint64_t used, wasted;
 
-    for (slot = 0; slot < G_N_ELEMENTS(image->readahead_next); slot++) {
-        if (__atomic_load_n(&image->readahead_next[slot], __ATOMIC_RELAXED) ==
-            offset) {
-            break;
+    limit = MIN(limit, bale_cache_max_bytes(s->cache) / READAHEAD_CACHE_PART);
+    if (limit < s->cluster_size) {
+        return 0;
+    }
+    bale_cache_ahead(s->cache, &used, &wasted);
+    used -= image->ahead_used;
+    wasted -= image->ahead_wasted;
+    if (used + wasted >= READAHEAD_SAMPLE) {
+        image->ahead_used += used;
+        image->ahead_wasted += wasted;
+        image->ahead_max = wasted > used ? image->ahead_max / 2
+                                         : image->ahead_max * 2;
+    }
+    image->ahead_max = MIN(MAX(image->ahead_max, s->cluster_size), limit);
+    return image->ahead_max;
+}
+
+/* The stream that this read continues, or NULL.  Under stream_lock. */
+static BaleReadStream *stream_find(BaleImage *image, uint64_t offset,
+                                   uint64_t end)
+{
+    BaleReadStream *oldest = &image->streams[0];
+    uint64_t clock = ++image->stream_clock;
+
+    for (unsigned i = 0; i < READ_STREAMS; i++) {
+        BaleReadStream *stream = &image->streams[i];
+
+        if (stream->next == offset && stream->used) {
+            stream->next = end;
+            stream->used = clock;
+            stream->hits++;
+            return stream;
+        }
+        /* What has proven to be a stream is not replaced at once. */
+        if (stream->used + (stream->hits ? STREAM_AGE_MAX : 0) <
+            oldest->used + (oldest->hits ? STREAM_AGE_MAX : 0)) {
+            oldest = stream;
         }
     }
-    if (slot == G_N_ELEMENTS(image->readahead_next)) {
-        slot = __atomic_fetch_add(&image->readahead_slot, 1,
-                                  __ATOMIC_RELAXED) %
-               G_N_ELEMENTS(image->readahead_next);
-        __atomic_store_n(&image->readahead_next[slot], end,
-                         __ATOMIC_RELAXED);
-        return;
-    }
-    __atomic_store_n(&image->readahead_next[slot], end, __ATOMIC_RELAXED);
+    *oldest = (BaleReadStream){ .next = end, .ahead = end, .used = clock };
+    return NULL;
+}
 
-    /* Each stretch of READAHEAD_LEN once, when its reader comes near it. */
-    from = bale_align_up(end, READAHEAD_LEN / 2);
-    if (from - end >= len && from != end) {
-        return;
+/*
+ * A small read: what to fetch for the reader to find there next.  The window
+ * doubles each time that the reader has come half-way through it.
+ */
+static bool image_want_ahead(BaleImage *image, uint64_t offset, uint64_t len,
+                             bool *scan, uint64_t *from, uint64_t *to)
+{
+    BaleStore *s = image->store;
+    uint64_t end = offset + len;
+    BaleReadStream *stream;
+    bool want = false;
+    uint32_t max;
+
+    pthread_mutex_lock(&image->stream_lock);
+    stream = stream_find(image, offset, end);
+    *scan = stream;
+    if (stream) {
+        stream->ahead = MAX(stream->ahead, end);
+        if (!stream->window || stream->ahead - end <= stream->window / 2) {
+            max = streams_ahead_max(image);
+            stream->window =
+                stream->window ? stream->window * 2
+                               : MAX(2 * (uint32_t)len, s->cluster_size);
+            stream->window = MIN(stream->window, max);
+            *from = bale_align_up(stream->ahead, s->cluster_size);
+            *to = MIN(bale_align_up(end + stream->window, s->cluster_size),
+                      bale_image_size(image));
+            want = max && *from < *to;
+            if (want) {
+                stream->ahead = *to;
+            }
+        }
     }
-    to = MIN(from + READAHEAD_LEN / 2, size);
-    if (from >= to) {
+    pthread_mutex_unlock(&image->stream_lock);
+    return want;
+}
+
+static void image_readahead(BaleImage *image, uint64_t offset, uint64_t len,
+                            bool *scan)
+{
+    BaleStore *s = image->store;
+    uint64_t from, to;
+    BaleRequest *req;
+
+    if (!image_want_ahead(image, offset, len, scan, &from, &to)) {
         return;
     }
     req = request_new(image, REQUEST_READAHEAD, from, to - from,
@@ -882,9 +1048,8 @@ void bale_image_read(BaleImage *image, uint64_t offset,
     req->iov = iov;
     req->iovcnt = iovcnt;
     request_add_clusters(req);
-    if (s->cache && len > 0 && len < READ_LARGE &&
-        s->options.cache_size >= 2 * READAHEAD_LEN) {
-        image_readahead(image, offset, len);
+    if (len > 0 && len < READ_LARGE && bale_cache_max_bytes(s->cache) > 0) {
+        image_readahead(image, offset, len, &req->scan);
     }
     read_start(req);
 }

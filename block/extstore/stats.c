@@ -169,6 +169,7 @@ void bale_store_get_stats(BaleStore *s, BaleStoreStats *stats)
     }
     stats_index(s, stats);
     stats_queues(s, stats);
+    bale_cache_get_stats(s->cache, stats);
     stats_histogram(&s->read_hist, stats->read_ns, &stats->read_latency);
     stats_histogram(&s->write_hist, stats->write_ns, &stats->write_latency);
     stats_histogram(&s->flush_hist, stats->flush_ns, &stats->flush_latency);

@@ -42,6 +42,8 @@
 #define WRITE_BUFFER_SIZE (2u << 20)
 /* Write buffers of a store: open ones, in flight, and being filled. */
 #define WRITE_BUFFERS_MAX 8u
+/* Sequential readers of an image that are told apart. */
+#define READ_STREAMS 8u
 /* Space is asked of the device in steps of so many write buffers. */
 #define ALLOCATE_BUFFERS 4u
 #define PAGE_NONE UINT64_MAX
@@ -151,6 +153,15 @@ struct BaleLayer {
     uint64_t counted;        /* by a listing, under admin_lock */
 };
 
+/* Somebody reads in sequence; a small read that fits none makes a new one. */
+typedef struct BaleReadStream {
+    uint64_t next;           /* where the next read is expected */
+    uint64_t ahead;          /* what was read ahead ends here */
+    uint64_t used;           /* stream_clock of the last read */
+    uint32_t window;         /* bytes to be ahead by */
+    uint32_t hits;           /* reads that came where expected */
+} BaleReadStream;
+
 struct BaleImage {
     BaleStore *store;
     uint32_t id;             /* constant, as are these */
@@ -173,8 +184,12 @@ struct BaleImage {
 
     BaleMutable *mutable_region;
     uint64_t size;           /* atomic copy of record.size */
-    uint64_t readahead_next[4]; /* atomic: where sequential readers go on */
-    unsigned readahead_slot;
+
+    pthread_mutex_t stream_lock; /* guards what follows; a leaf */
+    BaleReadStream streams[READ_STREAMS];
+    uint64_t stream_clock;   /* small reads so far */
+    uint32_t ahead_max;      /* bytes; what all streams may read ahead */
+    uint64_t ahead_used, ahead_wasted; /* when ahead_max was last looked at */
 };
 
 typedef struct BaleCheckpointRecord {
@@ -195,6 +210,8 @@ struct BaleStore {
     BaleWorkers *workers;
     BaleEpoch *epoch;
     BaleCache *cache;
+    BaleWorkerContext inline_context; /* of who has set inline_busy */
+    int inline_busy;         /* atomic bool */
     bool was_clean;
     uint64_t recovered_records, torn_bytes, damaged_records;
 
@@ -556,16 +573,66 @@ void bale_mutable_flush(BaleMutable *m, BaleDone *done, void *opaque);
 void bale_mutable_discard(BaleMutable *m, uint64_t offset, uint64_t len);
 
 /* cache.c */
-BaleCache *bale_cache_new(uint64_t bytes, uint32_t cluster_size);
+/* NULL: no memory.  @stats: where it counts; @bytes may be 0. */
+BaleCache *bale_cache_new(uint64_t bytes, uint32_t cluster_size,
+                          BaleStoreStats *stats);
 void bale_cache_free(BaleCache *cache);
+/* Forgets everything. */
+void bale_cache_set_size(BaleCache *cache, uint64_t bytes);
+/* 0: nothing is kept. */
+uint64_t bale_cache_max_bytes(BaleCache *cache);
 /* Copy out of the cluster's cached content, if it is that of @value. */
 bool bale_cache_get(BaleCache *cache, uint64_t cluster, uint64_t value,
                     uint32_t offset, void *dst, uint32_t len);
 bool bale_cache_has(BaleCache *cache, uint64_t cluster, uint64_t value);
-/* Keep a copy of @data, unless @image has moved on from @value. */
+/* A buffer of one cluster, or NULL.  It is given back, or put. */
+uint8_t *bale_cache_buffer_get(BaleCache *cache);
+void bale_cache_buffer_put(BaleCache *cache, uint8_t *buf);
+
+typedef enum BaleCacheUse {
+    BALE_CACHE_RANDOM,
+    BALE_CACHE_SCAN,  /* somebody reads in sequence */
+    BALE_CACHE_AHEAD, /* nobody has asked for it yet */
+} BaleCacheUse;
+
+/*
+ * Keep @buf, which was decompressed from the record of @value, unless @image
+ * has moved on from that.  @buf is taken over.
+ */
 void bale_cache_put(BaleCache *cache, BaleImage *image, uint64_t cluster,
-                    uint64_t value, const void *data);
-void bale_cache_drop(BaleCache *cache, uint64_t cluster);
-void bale_cache_drop_all(BaleCache *cache);
+                    uint64_t value, uint8_t *buf, BaleCacheUse use);
+
+typedef struct BaleCacheWaiter {
+    struct BaleCacheWaiter *next;
+} BaleCacheWaiter;
+
+/* Zero-initialise; only cache.c looks inside. */
+typedef struct BaleCacheLoad {
+    void *shard;      /* NULL: not begun */
+    struct BaleCacheLoad **list;
+    uint64_t cluster, value;
+    BaleCacheWaiter *waiters;
+    struct BaleCacheLoad *next;
+} BaleCacheLoad;
+
+/*
+ * What one request is about to load another need not load as well.  True: go
+ * on, and call bale_cache_load_end() after the put or the failure.  False:
+ * somebody is loading it; if @waiter is not NULL it is among those that his
+ * bale_cache_load_end() returns, who may then look again.
+ */
+bool bale_cache_load_begin(BaleCache *cache, BaleCacheLoad *load,
+                           uint64_t cluster, uint64_t value,
+                           BaleCacheWaiter *waiter);
+/* Nothing if it was not begun. */
+BaleCacheWaiter *bale_cache_load_end(BaleCacheLoad *load);
+/* @layer has the same content at another place now. */
+void bale_cache_move(BaleCache *cache, BaleLayer *layer, uint64_t cluster,
+                     uint64_t from, uint64_t to);
+void bale_cache_drop(BaleCache *cache, uint64_t cluster, uint64_t value);
+/* Fills in what is "now". */
+void bale_cache_get_stats(BaleCache *cache, BaleStoreStats *stats);
+/* Clusters read ahead that were asked for, or dropped unread, so far. */
+void bale_cache_ahead(BaleCache *cache, uint64_t *used, uint64_t *wasted);
 
 #endif

@@ -149,6 +149,8 @@ static void store_free(BaleStore *s)
     bale_catalogue_free(s->catalogue);
     pthread_mutex_destroy(&s->admin_lock);
     bale_cache_free(s->cache);
+    bale_codec_context_free(s->inline_context.codec);
+    bale_memory_free(s->inline_context.cluster);
     bale_epoch_free(s->epoch);
     bale_log_destroy(s);
     g_array_free(s->checkpoint, TRUE);
@@ -194,8 +196,18 @@ static BaleStore *store_new(BaleDevice *dev, const BaleSuper *super,
 
 static bool store_start(BaleStore *s, GError **errp)
 {
-    if (s->options.cache_size) {
-        s->cache = bale_cache_new(s->options.cache_size, s->cluster_size);
+    s->cache = bale_cache_new(s->options.cache_size, s->cluster_size,
+                              &s->stats);
+    s->inline_context.codec =
+        bale_codec_context_new(BALE_CODEC_NONE, 0, s->cluster_size, errp);
+    if (!s->inline_context.codec) {
+        return false;
+    }
+    s->inline_context.cluster =
+        bale_memory_try_alloc(BALE_BLOCK_SIZE, s->cluster_size);
+    if (!s->cache || !s->inline_context.cluster) {
+        return store_error(errp, BALE_STORE_ERROR_NO_MEMORY,
+                           "no memory for the cluster cache");
     }
     s->workers = bale_workers_new("bale", s->options.workers,
                                   worker_context_new, worker_context_free, s,
@@ -599,6 +611,11 @@ bool bale_store_close(BaleStore *s, GError **errp)
     bale_device_close(s->dev);
     store_free(s);
     return ok;
+}
+
+void bale_store_set_cache_size(BaleStore *s, uint64_t bytes)
+{
+    bale_cache_set_size(s->cache, bytes);
 }
 
 /* --- information --- */

@@ -179,6 +179,9 @@ bool bale_store_revive(BaleStore *store, GError **errp);
  */
 bool bale_store_set_read_only(BaleStore *store, bool read_only, GError **errp);
 
+/* Change the size of the cache, which forgets everything. */
+void bale_store_set_cache_size(BaleStore *store, uint64_t bytes);
+
 /* True if first bytes of a device could belong to a store (probing). */
 bool bale_store_probe(const void *buf, size_t len);
 
