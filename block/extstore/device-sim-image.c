@@ -13,6 +13,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "util/checksum.h"
 #include "util/memory.h"
 
 #define FANOUT_BITS 6
@@ -34,6 +35,7 @@ SimBlock *sim_block_new(const void *data, size_t len)
 
     g_assert(len <= SIM_BLOCK);
     block->refs = 1;
+    block->hash = 0;
     memcpy(block->data, data, len);
     memset(block->data + len, 0, SIM_BLOCK - len);
     return block;
@@ -348,6 +350,31 @@ bool bale_sim_image_equal(const BaleSimImage *a, const BaleSimImage *b)
 {
     return a->tree.size == b->tree.size && tree_within(&a->tree, &b->tree) &&
            tree_within(&b->tree, &a->tree);
+}
+
+static uint64_t block_hash(SimBlock *block)
+{
+    uint64_t hash = __atomic_load_n(&block->hash, __ATOMIC_RELAXED);
+
+    if (hash == 0) {
+        hash = bale_checksum(block->data, SIM_BLOCK, 0) | 1;
+        __atomic_store_n(&block->hash, hash, __ATOMIC_RELAXED);
+    }
+    return hash;
+}
+
+uint64_t bale_sim_image_hash(const BaleSimImage *image)
+{
+    uint64_t hash = image->tree.size;
+
+    for (uint64_t i = 0; sim_tree_next(&image->tree, &i); i++) {
+        /* Shared and reference counted, but for this never changed. */
+        SimBlock *block = (SimBlock *)sim_tree_block(&image->tree, i);
+        uint64_t at[2] = { i, block_hash(block) };
+
+        hash += bale_checksum(at, sizeof(at), 0);
+    }
+    return hash;
 }
 
 static bool file_failed(const char *filename, int errnum, GError **errp)

@@ -21,6 +21,7 @@
 
 typedef struct SimBlock {
     gint refs;
+    uint64_t hash; /* of data, once it was asked for; atomic, 0: not yet */
     uint8_t data[SIM_BLOCK];
 } SimBlock;
 

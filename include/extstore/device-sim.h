@@ -89,6 +89,9 @@ void bale_sim_image_read(const BaleSimImage *image, uint64_t offset, void *buf,
                          size_t len);
 bool bale_sim_image_equal(const BaleSimImage *a, const BaleSimImage *b);
 
+/* Of size and contents.  Images of one origin that are equal have the same. */
+uint64_t bale_sim_image_hash(const BaleSimImage *image);
+
 /* To and from a (sparse) file, to look at a state with other tools. */
 bool bale_sim_image_save(const BaleSimImage *image, const char *filename,
                          GError **errp);

@@ -13,7 +13,7 @@
 
 /* Every n-th state goes on writing after recovery. */
 #define GO_ON_EVERY 16
-#define TORN_PER_POINT 2
+#define TORN_PER_POINT 4
 /* States of the second crash for each first one. */
 #define SECOND_SAMPLES 6
 
@@ -256,6 +256,7 @@ static bool crash_next(Case *c, uint64_t n, GRand *rand, bool all)
 
 const Class class_crash = {
     "crash", 1, "power cut at any moment", crash_run, crash_next,
+    200000,
 };
 
 static char *recovery_run(Case *c, uint64_t *count)
@@ -272,4 +273,5 @@ static bool recovery_next(Case *c, uint64_t n, GRand *rand, bool all)
 const Class class_recovery = {
     "recovery", 2, "power cut in the session after recovery", recovery_run,
     recovery_next,
+    50000,
 };

@@ -271,6 +271,7 @@ static bool damage_next(Case *c, uint64_t n, GRand *rand, bool all)
 
 const Class class_damage = {
     "damage", 6, "any sector is damaged", damage_run, damage_next,
+    100000,
 };
 
 /* --- superblocks --- */
@@ -355,4 +356,5 @@ static bool super_next(Case *c, uint64_t n, GRand *rand, bool all)
 
 const Class class_super = {
     "super", 7, "all but one superblock copy damaged", super_run, super_next,
+    20000,
 };

@@ -315,6 +315,7 @@ static bool fault_next(Case *c, uint64_t n, GRand *rand, bool all)
 
 const Class class_fault = {
     "fault", 3, "an error at any call of the device", fault_run, fault_next,
+    50000,
 };
 
 static char *flush_run(Case *c, uint64_t *count)
@@ -330,6 +331,7 @@ static bool flush_next(Case *c, uint64_t n, GRand *rand, bool all)
 
 const Class class_flush = {
     "flush", 4, "each flush fails", flush_run, flush_next,
+    20000,
 };
 
 static char *memory_run(Case *c, uint64_t *count)
@@ -358,4 +360,5 @@ static bool memory_next(Case *c, uint64_t n, GRand *rand, bool all)
 
 const Class class_memory = {
     "memory", 5, "any allocation fails", memory_run, memory_next,
+    20000,
 };

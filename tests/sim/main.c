@@ -7,25 +7,30 @@
  *
  * Prints TAP: one result for each class or case, with the number of states
  * that were looked at.  A failure is printed as a case, which `sim --case`
- * plays again.  The budget is shared by the classes that are given (all of
- * them without --class), each class gets its part of it; --all goes through
- * every sequence of up to three steps instead of a sample of them.
+ * plays again.  A class ends when it has seen its number of states (--states),
+ * or when its time is over: with --budget, which the classes that are given
+ * (all of them without --class) share, there is only the time.  --all goes
+ * through every sequence of up to three steps instead of a sample of them.
  *
- * Environment: BALE_SEED as --seed; BALE_LONG: a long budget and --all;
- * BALE_SANITIZER: smaller default budget; BALE_SIM_SAVE names a file that
+ * Environment: BALE_SEED as --seed; BALE_LONG: a long budget, no number of
+ * states, and --all; BALE_SANITIZER: smaller default budget; BALE_SIM_SAVE names a file that
  * receives the device of the first failing state.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
+#include "inline.h"
 #include "sim.h"
 
+#include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define BUDGET_DEFAULT 40.0       /* seconds, of each class */
-#define BUDGET_LONG 900.0
+#define BUDGET_DEFAULT 120.0      /* seconds, of each class */
+#define BUDGET_LONG 1800.0
 #define BUDGET_SANITIZER 12.0
+#define KEEP_LEN (32 << 20)        /* bytes that malloc keeps */
+#define THREADS_EVERY 8           /* each so many-th case has real workers */
 #define FAILURES_MAX 3            /* of a class, then it ends */
 
 static unsigned failures_max = FAILURES_MAX;
@@ -38,6 +43,7 @@ static const Class *const classes[] = {
 };
 
 static unsigned results, failures;
+static bool inline_wanted;
 
 static void print_result(bool ok, const char *name, const char *more)
 {
@@ -111,6 +117,7 @@ static void run_case(const char *name)
     Case c;
 
     error = case_parse(&c, from_file ? from_file : name);
+    inline_enabled = inline_wanted && c.seed % THREADS_EVERY;
     if (!error) {
         error = case_run(&c, &count);
     }
@@ -143,18 +150,19 @@ static void run_cases(const char *directory)
     }
 }
 
-static void run_class(const Class *class, double budget, uint32_t seed,
-                      bool all)
+static void run_class(const Class *class, double budget, uint64_t target,
+                      uint32_t seed, bool all)
 {
     g_autoptr(GRand) rand = g_rand_new_with_seed(seed);
     g_autoptr(GTimer) timer = g_timer_new();
     g_autofree char *more = NULL;
     uint64_t count = 0, cases = 0, corrupt = corrupt_states;
+    uint64_t recovered = recovered_states;
     unsigned failed = 0;
     Case c;
 
     while (failed < failures_max && g_timer_elapsed(timer, NULL) < budget &&
-           class->next(&c, cases, rand, all)) {
+           count < target && class->next(&c, cases, rand, all)) {
         g_autofree char *whole = case_text(&c, NULL);
         g_autofree char *error = NULL;
 
@@ -162,6 +170,7 @@ static void run_class(const Class *class, double budget, uint32_t seed,
             printf("# %s\n", whole);
             fflush(stdout);
         }
+        inline_enabled = inline_wanted && c.seed % THREADS_EVERY;
         error = class->run(&c, &count);
         cases++;
         if (error) {
@@ -174,8 +183,9 @@ static void run_class(const Class *class, double budget, uint32_t seed,
     }
     corrupt = corrupt_states - corrupt;
     more = g_strdup_printf("%s: %" PRIu64 " states of %" PRIu64 " cases, %"
-                           PRIu64 " of them marked corrupt, seed %" PRIu32,
-                           class->what, count, cases, corrupt, seed);
+                           PRIu64 " recoveries, %" PRIu64 " marked corrupt, "
+                           "seed %" PRIu32, class->what, count, cases,
+                           recovered_states - recovered, corrupt, seed);
     print_result(!failed, class->name, more);
 }
 
@@ -189,6 +199,7 @@ int main(int argc, char **argv)
                     : g_getenv("BALE_SANITIZER") ? BUDGET_SANITIZER
                                                  : BUDGET_DEFAULT;
     double total = 0;
+    gint64 states = 0;
     gboolean all = is_long, talk = FALSE, first = FALSE;
     GOptionEntry entries[] = {
         { "class", 0, 0, G_OPTION_ARG_STRING_ARRAY, &names, "run this class",
@@ -201,6 +212,8 @@ int main(int argc, char **argv)
           "N" },
         { "budget", 0, 0, G_OPTION_ARG_DOUBLE, &total, "for all classes",
           "SECONDS" },
+        { "states", 0, 0, G_OPTION_ARG_INT64, &states,
+          "end a class after so many", "N" },
         { "all", 0, 0, G_OPTION_ARG_NONE, &all, "all short sequences", NULL },
         { "first", 0, 0, G_OPTION_ARG_NONE, &first,
           "end a class at its first failure", NULL },
@@ -218,6 +231,12 @@ int main(int argc, char **argv)
         return 2;
     }
     g_option_context_free(context);
+    /* A store's buffers are of megabytes: keep the pages of the last one. */
+    mallopt(M_MMAP_THRESHOLD, KEEP_LEN);
+    mallopt(M_TRIM_THRESHOLD, 1 << 30);
+    mallopt(M_TOP_PAD, 16 << 20);
+    mallopt(M_ARENA_MAX, 1);
+    inline_wanted = inline_enabled;
     verbose = talk;
     failures_max = first ? 1 : FAILURES_MAX;
     g_log_set_default_handler(log_nothing, NULL);
@@ -239,7 +258,11 @@ int main(int argc, char **argv)
         if (names ? g_strv_contains((const char *const *)names,
                                     classes[i]->name)
                   : !cases && !directory) {
-            run_class(classes[i], total > 0 ? total / n : budget, seed, all);
+            run_class(classes[i], total > 0 ? total / n : budget,
+                      states > 0    ? (uint64_t)states
+                      : total > 0 || is_long ? UINT64_MAX
+                                    : classes[i]->states,
+                      seed, all);
         }
     }
     printf("1..%u\n", results);

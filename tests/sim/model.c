@@ -162,14 +162,15 @@ static bool model_crash_state(BaleSimImage *image, const BaleSimCrash *crash,
     return !w->error;
 }
 
-/* Crash states of the history so far, then a fresh history. */
-static void model_crash(Model *m, GRand *rand, uint64_t *count)
+/* Crash states of the history from event @from on. */
+static void model_crash(Model *m, GRand *rand, uint64_t from, uint64_t *count)
 {
     World *w = m->w;
     uint64_t events = bale_sim_events(w->sim);
 
-    for (int i = 0; i < 6 && !w->error && events; i++) {
-        uint64_t at = i == 0 ? events : 1 + g_rand_double(rand) * events;
+    for (int i = 0; i < 6 && !w->error && events > from; i++) {
+        uint64_t at = i == 0 ? events
+                             : from + g_rand_double(rand) * (events - from);
         BaleSimCrashOptions o = { .first_point = at, .last_point = at,
                                   .max_exhaustive = 2, .samples = 3,
                                   .torn_samples = 1,
@@ -182,13 +183,15 @@ static void model_crash(Model *m, GRand *rand, uint64_t *count)
 static char *model_run(Case *c, uint64_t *count)
 {
     g_autoptr(GRand) rand = g_rand_new_with_seed(c->seed);
-    BaleSimOptions options = { .mode = BALE_SIM_DEFERRED, .seed = c->seed };
-    World *w = world_new(c->geo, bale_sim_new(&options));
+    World *w = world_new(c->geo, bale_sim_new(NULL));
     Model m = { .w = w };
     g_autofree char *error = NULL;
+    uint64_t from = 1;
 
     pthread_mutex_init(&m.lock, NULL);
     pthread_cond_init(&m.cond, NULL);
+    w->sim_options = (BaleSimOptions){ .mode = BALE_SIM_DEFERRED,
+                                       .seed = c->seed };
     w->workers = 2;
     w->story = g_string_new(NULL);
     world_start(w, c);
@@ -207,8 +210,10 @@ static char *model_run(Case *c, uint64_t *count)
             world_read(w, false);
         }
         if (!w->error) {
-            model_crash(&m, rand, count);
+            model_crash(&m, rand, from, count);
         }
+        from = bale_sim_events(w->sim);
+        oracle_prune(w->oracle, from);
     }
     if (w->error) {
         error = g_strdup_printf("%s\n%s", w->error, w->story->str);
@@ -229,4 +234,5 @@ static bool model_next(Case *c, uint64_t n, GRand *rand, bool all)
 const Class class_model = {
     "model", 11, "parallel requests, checkpoints and crashes", model_run,
     model_next,
+    1000000,
 };

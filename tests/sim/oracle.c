@@ -13,6 +13,8 @@
  */
 #include "sim.h"
 
+#include <string.h>
+
 typedef struct Entry {
     uint32_t value;
     bool ok;
@@ -21,17 +23,55 @@ typedef struct Entry {
     uint64_t durable;       /* survives from this event on, for itself */
 } Entry;
 
+/* Most have an entry or two, and there are thousands of tracks. */
+#define TRACK_OWN 2
+
+typedef struct Track {
+    unsigned len, room;  /* room 0: in own */
+    Entry own[TRACK_OWN];
+    Entry *more;
+} Track;
+
 typedef struct Barrier {
     uint64_t moment, event;
 } Barrier;
 
 struct Oracle {
     pthread_mutex_t lock;
-    GArray **track;  /* of Entry */
+    Track *track;
     unsigned tracks;
     GArray *barriers;
     uint64_t moment;
 };
+
+static Entry *track_entries(const Track *t)
+{
+    return t->room ? t->more : (Entry *)t->own;
+}
+
+static void track_push(Track *t, const Entry *e)
+{
+    if (!t->room && t->len == TRACK_OWN) {
+        t->room = 4 * TRACK_OWN;
+        t->more = g_new(Entry, t->room);
+        memcpy(t->more, t->own, sizeof(t->own));
+    } else if (t->room && t->len == t->room) {
+        t->room *= 2;
+        t->more = g_renew(Entry, t->more, t->room);
+    }
+    track_entries(t)[t->len++] = *e;
+}
+
+static void track_reset(Track *t, uint32_t value)
+{
+    Entry e = { .value = value, .ok = true };
+
+    g_free(t->more);
+    t->more = NULL;
+    t->room = 0;
+    t->len = 0;
+    track_push(t, &e);
+}
 
 Oracle *oracle_new(unsigned sectors)
 {
@@ -39,11 +79,10 @@ Oracle *oracle_new(unsigned sectors)
 
     pthread_mutex_init(&o->lock, NULL);
     o->tracks = sectors + 2;
-    o->track = g_new0(GArray *, o->tracks);
+    o->track = g_new0(Track, o->tracks);
     o->barriers = g_array_new(FALSE, FALSE, sizeof(Barrier));
     for (unsigned i = 0; i < o->tracks; i++) {
-        o->track[i] = g_array_new(FALSE, FALSE, sizeof(Entry));
-        oracle_reset(o, i, VALUE_ZERO);
+        track_reset(&o->track[i], VALUE_ZERO);
     }
     return o;
 }
@@ -51,7 +90,7 @@ Oracle *oracle_new(unsigned sectors)
 void oracle_free(Oracle *o)
 {
     for (unsigned i = 0; i < o->tracks; i++) {
-        g_array_free(o->track[i], TRUE);
+        g_free(o->track[i].more);
     }
     g_free(o->track);
     g_array_free(o->barriers, TRUE);
@@ -71,11 +110,8 @@ unsigned oracle_name(Oracle *o)
 
 void oracle_reset(Oracle *o, unsigned track, uint32_t value)
 {
-    Entry e = { .value = value, .ok = true };
-
     pthread_mutex_lock(&o->lock);
-    g_array_set_size(o->track[track], 0);
-    g_array_append_val(o->track[track], e);
+    track_reset(&o->track[track], value);
     pthread_mutex_unlock(&o->lock);
 }
 
@@ -88,7 +124,7 @@ uint64_t oracle_begin(Oracle *o, unsigned first, unsigned n, uint32_t value,
     pthread_mutex_lock(&o->lock);
     e.begun = ++o->moment;
     for (unsigned i = first; i < first + n; i++) {
-        g_array_append_val(o->track[i], e);
+        track_push(&o->track[i], &e);
     }
     pthread_mutex_unlock(&o->lock);
     return e.begun;
@@ -102,8 +138,8 @@ void oracle_end(Oracle *o, unsigned first, unsigned n, uint64_t begun,
     pthread_mutex_lock(&o->lock);
     moment = ++o->moment;
     for (unsigned i = first; i < first + n; i++) {
-        for (unsigned k = o->track[i]->len; k-- > 0;) {
-            Entry *e = &g_array_index(o->track[i], Entry, k);
+        for (unsigned k = o->track[i].len; k-- > 0;) {
+            Entry *e = &track_entries(&o->track[i])[k];
 
             if (e->begun == begun) {
                 e->ended = moment;
@@ -151,11 +187,11 @@ static uint64_t barrier_at(Oracle *o, uint64_t event)
 }
 
 /* Is @e ruled out by what ended by @moment, or is durable at @event? */
-static bool ruled_out(GArray *track, const Entry *e, uint64_t moment,
+static bool ruled_out(const Track *track, const Entry *e, uint64_t moment,
                       uint64_t event)
 {
     for (unsigned i = 0; i < track->len; i++) {
-        Entry *f = &g_array_index(track, Entry, i);
+        const Entry *f = &track_entries(track)[i];
 
         if (f->ok && f->begun >= e->ended && f->begun > e->begun &&
             f->ended != EVENT_NEVER &&
@@ -169,54 +205,110 @@ static bool ruled_out(GArray *track, const Entry *e, uint64_t moment,
 static bool allows(Oracle *o, unsigned track, uint32_t value, uint64_t event,
                    uint64_t moment, uint64_t durable)
 {
-    for (unsigned i = 0; i < o->track[track]->len; i++) {
-        Entry *e = &g_array_index(o->track[track], Entry, i);
+    const Track *t = &o->track[track];
+
+    for (unsigned i = 0; i < t->len; i++) {
+        const Entry *e = &track_entries(t)[i];
 
         if (e->value == value && e->event <= event &&
-            !ruled_out(o->track[track], e, moment, durable)) {
+            !ruled_out(t, e, moment, durable)) {
             return true;
         }
     }
     return false;
 }
 
+static bool same_history(const Track *a, const Track *b)
+{
+    return a->len == b->len && !memcmp(track_entries(a), track_entries(b),
+                                       a->len * sizeof(Entry));
+}
+
+unsigned oracle_refuses(Oracle *o, unsigned first, unsigned n,
+                        const uint32_t *value, uint64_t event,
+                        uint64_t moment)
+{
+    uint64_t durable = event == NOW ? 0 : event;
+    unsigned i;
+
+    pthread_mutex_lock(&o->lock);
+    if (event != NOW) {
+        moment = barrier_at(o, event);
+    }
+    for (i = 0; i < n; i++) {
+        /* Neighbours were mostly written together. */
+        if (i > 0 && value[i] == value[i - 1] &&
+            same_history(&o->track[first + i], &o->track[first + i - 1])) {
+            continue;
+        }
+        if (!allows(o, first + i, value[i], event, moment, durable)) {
+            break;
+        }
+    }
+    pthread_mutex_unlock(&o->lock);
+    return i;
+}
+
+unsigned oracle_refuses_unproven(Oracle *o, unsigned first, unsigned n,
+                                 const uint32_t *value, uint64_t proven)
+{
+    unsigned i;
+
+    pthread_mutex_lock(&o->lock);
+    for (i = 0; i < n; i++) {
+        if (!allows(o, first + i, value[i], NOW, barrier_at(o, proven),
+                    proven)) {
+            break;
+        }
+    }
+    pthread_mutex_unlock(&o->lock);
+    return i;
+}
+
+void oracle_prune(Oracle *o, uint64_t event)
+{
+    uint64_t moment;
+
+    pthread_mutex_lock(&o->lock);
+    moment = barrier_at(o, event);
+    for (unsigned i = 0; i < o->tracks; i++) {
+        Track *t = &o->track[i];
+        unsigned kept = 0;
+
+        /* What rules an entry out came later, and is there still. */
+        for (unsigned k = t->len; k-- > 0;) {
+            Entry e = track_entries(t)[k];
+
+            if (!ruled_out(t, &e, moment, event)) {
+                track_entries(t)[t->len - ++kept] = e;
+            }
+        }
+        memmove(track_entries(t), track_entries(t) + t->len - kept,
+                kept * sizeof(Entry));
+        t->len = kept;
+    }
+    pthread_mutex_unlock(&o->lock);
+}
+
 bool oracle_allows(Oracle *o, unsigned track, uint32_t value, uint64_t event,
                    uint64_t moment)
 {
-    bool yes;
-
-    pthread_mutex_lock(&o->lock);
-    yes = event == NOW
-              ? allows(o, track, value, NOW, moment, 0)
-              : allows(o, track, value, event, barrier_at(o, event), event);
-    pthread_mutex_unlock(&o->lock);
-    return yes;
-}
-
-bool oracle_allows_unproven(Oracle *o, unsigned track, uint32_t value,
-                            uint64_t proven)
-{
-    bool yes;
-
-    pthread_mutex_lock(&o->lock);
-    yes = allows(o, track, value, NOW, barrier_at(o, proven), proven);
-    pthread_mutex_unlock(&o->lock);
-    return yes;
+    return oracle_refuses(o, track, 1, &value, event, moment) == 1;
 }
 
 char *oracle_describe(Oracle *o, unsigned track, uint64_t event)
 {
+    const Track *t = &o->track[track];
     GString *s = g_string_new(NULL);
     uint64_t moment;
 
     pthread_mutex_lock(&o->lock);
     moment = event == NOW ? o->moment : barrier_at(o, event);
-    for (unsigned i = 0; i < o->track[track]->len; i++) {
-        Entry *e = &g_array_index(o->track[track], Entry, i);
+    for (unsigned i = 0; i < t->len; i++) {
+        const Entry *e = &track_entries(t)[i];
 
         if (e->event <= event &&
-            !ruled_out(o->track[track], e, moment,
-                       event == NOW ? 0 : event)) {
+            !ruled_out(t, e, moment, event == NOW ? 0 : event)) {
             g_string_append_printf(s, "%s%" PRIu32, s->len ? " or " : "",
                                    e->value);
         }

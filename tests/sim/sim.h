@@ -70,9 +70,15 @@ void oracle_flushed(Oracle *o, uint64_t moment, uint64_t event);
  */
 bool oracle_allows(Oracle *o, unsigned track, uint32_t value, uint64_t event,
                    uint64_t moment);
+/* The first of @n tracks from @first on that may not be @value[i]; or @n. */
+unsigned oracle_refuses(Oracle *o, unsigned first, unsigned n,
+                        const uint32_t *value, uint64_t event,
+                        uint64_t moment);
 /* The same for now, as if nothing had been acknowledged after @proven. */
-bool oracle_allows_unproven(Oracle *o, unsigned track, uint32_t value,
-                            uint64_t proven);
+unsigned oracle_refuses_unproven(Oracle *o, unsigned first, unsigned n,
+                                 const uint32_t *value, uint64_t proven);
+/* Nobody will ask about a crash before @event: forget what that rules out. */
+void oracle_prune(Oracle *o, uint64_t event);
 /* What it may be, as text. */
 char *oracle_describe(Oracle *o, unsigned track, uint64_t event);
 
@@ -113,7 +119,8 @@ const char *step_describe(char step);
 typedef struct World {
     const Geometry *geo;
     unsigned cluster_sectors, max_sectors, backing_sectors;
-    BaleDevice *sim;    /* NULL once it was taken */
+    BaleDevice *sim;
+    BaleSimOptions sim_options; /* of the device that world_start() makes */
     BaleStore *store;   /* NULL: not open */
     BaleImage *image;
     Oracle *oracle;
@@ -124,6 +131,7 @@ typedef struct World {
     bool doubtful;      /* reopened after a failure and not written since: a
                          * flush has nothing to make durable */
     uint64_t proven_event; /* what was flushed by then is proven */
+    GHashTable *memo;   /* verify.c's: hash of an image -> what it holds */
     gint complaints;    /* damage that the store has reported */
     gint failures;      /* times that it said it was poisoned */
     char *error;        /* the first broken promise */
@@ -139,6 +147,8 @@ bool world_open(World *w);
 bool world_close(World *w);
 /* Do one step.  False if the store refused it. */
 bool world_step(World *w, char step);
+/* The oracle expects what is there now, and nothing else. */
+void world_settle(World *w);
 /* Read all that can be read and compare; @errors_allowed: -EIO is fine. */
 void world_read(World *w, bool errors_allowed);
 void world_broken(World *w, const char *fmt, ...) G_GNUC_PRINTF(2, 3);
@@ -187,6 +197,7 @@ typedef struct Class {
     char *(*run)(Case *c, uint64_t *count);
     /* The @n-th case to run; false: there are no more. */
     bool (*next)(Case *c, uint64_t n, GRand *rand, bool all);
+    uint64_t states;    /* that make test wants to see */
 } Class;
 
 extern const Class class_crash, class_recovery, class_fault, class_flush,
@@ -195,6 +206,8 @@ extern const Class class_crash, class_recovery, class_fault, class_flush,
 extern bool verbose;  /* print the story of each case */
 /* Damaged stores that opened marked as corrupt: reported, not compared. */
 extern uint64_t corrupt_states;
+/* Stores that were opened and read; the others had bytes seen before. */
+extern uint64_t recovered_states;
 
 /* Sequences: all up to length 3 in an order of @rand's, then samples. */
 bool sequence_next(Case *c, const char *class_name, uint64_t n, GRand *rand,
