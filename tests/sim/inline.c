@@ -4,9 +4,9 @@
  * A store of the simulator has one worker and one caller, who waits for each
  * request.  Handing an item to a thread and back costs more than the item, and
  * a state needs dozens of them.  So the linker puts these functions before
- * those of util/workers.c (see `wraps`): a pool of one thread has no thread, and
- * a thread that waits for a condition works through the queue first, then looks
- * again, as after any spurious wakeup.
+ * those of util/workers.c (see `wraps`): a pool of one thread has no thread,
+ * and a thread that waits for a condition works through the queue first, then
+ * looks again, as after any spurious wakeup.
  *
  * Invariants:
  *  1. An item runs while no other one does, as with one worker: it is never

@@ -13,8 +13,8 @@
  * through every sequence of up to three steps instead of a sample of them.
  *
  * Environment: BALE_SEED as --seed; BALE_LONG: a long budget, no number of
- * states, and --all; BALE_SANITIZER: smaller default budget; BALE_SIM_SAVE names a file that
- * receives the device of the first failing state.
+ * states, and --all; BALE_SANITIZER: smaller default budget; BALE_SIM_SAVE
+ * names a file that receives the device of the first failing state.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */

@@ -344,7 +344,12 @@ bool world_open(World *w)
         return false;
     }
     w->image = bale_image_open(w->store, NULL, &err);
-    g_assert_no_error(err);
+    if (!w->image) {
+        world_tell(w, "  image: %s\n", err->message);
+        bale_store_close(w->store, NULL);
+        w->store = NULL;
+        return false;
+    }
     if (w->geo->backing) {
         bale_image_set_backing_read(w->image, world_backing_read, w);
     }
