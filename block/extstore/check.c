@@ -379,7 +379,7 @@ bool bale_store_check(BaleStore *s, unsigned flags, BaleCheckReport *report,
     if (s->checkpoint_damaged) {
         result->damaged++;
         check_finding(&c, "the checkpoint at offset %" PRIu64 ": damaged",
-                      s->super.checkpoint_address);
+                      s->super.checkpoint.address);
     }
     if (s->corrupt) {
         check_finding(&c, "the store is corrupt: there may be clusters that "

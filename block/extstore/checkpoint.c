@@ -2,23 +2,44 @@
  * Sessions, checkpoints and superblocks.
  *
  * A session begins with the first write after an open and ends with a
- * checkpoint.  While it lasts the superblocks say "not clean", and whoever
- * opens the store scans it.  A checkpoint writes what a scan would find, so
- * that the next open reads only that.
+ * checkpoint.  While it lasts the superblocks say "not clean".  A checkpoint
+ * says what recovery would find: the index, the page table, the image.  The
+ * superblocks name the newest two; whoever opens a store that is not clean
+ * takes the newest one that is intact and applies what was appended since, the
+ * tail (recover-tail.c).
  *
  * Order (durability.md, rule 1):
  *   begin:       flush -> superblocks "not clean" (each round flushed) -> pages
  *   checkpoint:  data -> flush -> index, page table, root -> flush ->
- *                superblocks "clean" (each round flushed)
+ *                superblocks (each round flushed)
+ *
+ * The last checkpoint of a session is written when nobody appends, and makes
+ * the store clean.  A running one is written while writes go on:
+ *
+ *   mark    under log_lock: end the open segments, note where each page ends
+ *           and the next sequence number S.  What comes later is the tail
+ *   wait    for those who have appended before the mark, but have not set the
+ *           index yet
+ *   copy    the index, chunk by chunk, as it is by now
+ *   table   the pages as at the mark; metadata pages as they are now, so that
+ *           the checkpoint itself is not part of the tail
+ *   flush, superblocks
  *
  * Invariants:
  *  1. No record is appended while the superblocks say "clean".
  *  2. The superblocks never point at a checkpoint that was not flushed.
  *  3. The records of a checkpoint stay live until the superblocks point at the
- *     next one.
+ *     second one after it.
+ *  4. What was appended before the mark and still counts at the end of the
+ *     copy is in the copy; what was appended later is in the tail.  (A value
+ *     of the copy may point into the tail, or into a page that is given up
+ *     before recovery: the tail tells what became of that cluster.)
+ *  5. While a checkpoint runs nobody changes the catalogue: that takes
+ *     session_lock for writing, and it is held for reading.
  *
  * Threads: everything here runs with session_lock held for writing, and the
- * maintenance thread, if there is one, paused.
+ * maintenance thread, if there is one, paused; but bale_checkpoint_running(),
+ * which runs on that thread.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -32,6 +53,8 @@
 
 /* Dying pages are given so many flushes to become free before a checkpoint. */
 #define DYING_FLUSHES_MAX 4
+/* Marks tried while pages are opened at the same time. */
+#define MARK_ATTEMPTS_MAX 8
 
 static bool super_error(GError **errp, int ret, const char *what)
 {
@@ -64,7 +87,9 @@ static int super_write_round(BaleStore *s, unsigned first, uint8_t *block)
             return ret;
         }
     }
-    return bale_device_flush_sync(s->dev);
+    /* Not beside a flush of the log: only one of them may see the error. */
+    return s->session ? bale_log_flush_forced(s)
+                      : bale_device_flush_sync(s->dev);
 }
 
 int bale_supers_write(BaleStore *s)
@@ -117,12 +142,18 @@ int bale_session_begin(BaleStore *s)
     if (!BALE_PLANTED(session_not_marked)) {
         s->super.state &= ~(uint32_t)BALE_STATE_CLEAN;
     }
+    if (s->previous_loaded) {
+        s->super.checkpoint = s->super.previous;
+        s->super.previous = (BaleCheckpointRef){ .address = 0 };
+        s->previous_loaded = false;
+    }
     ret = bale_supers_write(s);
     if (ret < 0) {
         return ret;
     }
 
     pthread_mutex_lock(&s->log_lock);
+    s->session_generation = s->super.generation;
     s->page_count = 0;
     for (uint64_t i = 0; i < s->pages->len; i++) {
         BalePage *p = bale_page(s, i);
@@ -151,10 +182,29 @@ int bale_session_begin(BaleStore *s)
 
 typedef struct CheckpointWriter {
     BaleStore *s;
-    GArray *parts;   /* BalePart */
-    GArray *records; /* BaleCheckpointRecord */
+    GArray *parts;        /* BalePart */
+    GArray *records;      /* BaleCheckpointRecord */
     uint64_t bytes;
+    BalePageEntry *table; /* as at the mark; NULL: nobody appends */
+    BaleLogMark mark;
+    int64_t start_us;
 } CheckpointWriter;
+
+static void writer_init(CheckpointWriter *w, BaleStore *s)
+{
+    *w = (CheckpointWriter){ .s = s, .start_us = g_get_monotonic_time() };
+    w->parts = g_array_new(FALSE, FALSE, sizeof(BalePart));
+    w->records = g_array_new(FALSE, FALSE, sizeof(BaleCheckpointRecord));
+}
+
+static void writer_destroy(CheckpointWriter *w)
+{
+    g_array_free(w->parts, TRUE);
+    if (w->records) {
+        g_array_free(w->records, TRUE);
+    }
+    g_free(w->table);
+}
 
 /* Append one record of the checkpoint and remember it. */
 static int writer_append(CheckpointWriter *w, BaleRecordType type,
@@ -162,9 +212,11 @@ static int writer_append(CheckpointWriter *w, BaleRecordType type,
 {
     BaleRecord r = { .type = type, .payload_len = len };
     BaleCheckpointRecord c;
-    uint64_t page, offset;
     int ret;
 
+    if (w->table && bale_maintain_wanted(w->s)) {
+        return -EAGAIN;
+    }
     ret = bale_log_append(w->s, BALE_BUCKET_META, &r, payload,
                           BALE_RECORD_HEADER_LEN + len, &c.address);
     if (ret < 0) {
@@ -176,7 +228,6 @@ static int writer_append(CheckpointWriter *w, BaleRecordType type,
     part->address = c.address;
     part->version = r.version;
     part->payload_len = len;
-    bale_address_split(w->s, c.address, &page, &offset);
     return 0;
 }
 
@@ -232,21 +283,68 @@ static int writer_layers(CheckpointWriter *w)
     return ret;
 }
 
-/* A page whose header is marked already is as good as free. */
-static bool checkpoint_page_used(const BalePage *p)
+/*
+ * The catalogue, written anew each time, so that it pins no page for ever.
+ * And twice, in two blocks: without it nothing can be opened.
+ */
+static int writer_catalogue(CheckpointWriter *w)
 {
-    return p->state != BALE_PAGE_FREE && p->state != BALE_PAGE_MARKED &&
-           p->state != BALE_PAGE_RELEASING;
+    BaleStore *s = w->s;
+    BalePart part = { .kind = BALE_PART_IMAGE, .a = 1 };
+    BaleCheckpointRecord c = { .len = BALE_RECORD_HEADER_LEN };
+    uint64_t page, offset;
+    int ret;
+
+    ret = bale_catalogue_append(s, s->catalogue, false);
+    if (ret == 0) {
+        bale_log_seal(s, BALE_BUCKET_META);
+        ret = bale_catalogue_append(s, s->catalogue, false);
+    }
+    if (ret < 0) {
+        return ret;
+    }
+    bale_log_seal(s, BALE_BUCKET_META);
+    part.address = c.address = s->catalogue_address;
+    pthread_mutex_lock(&s->log_lock);
+    /* It stays while the checkpoint does, also when there is a newer one. */
+    bale_page_live_add(s, c.address, c.len);
+    bale_address_split(s, part.address, &page, &offset);
+    part.version = bale_page(s, page)->version;
+    pthread_mutex_unlock(&s->log_lock);
+    g_array_append_val(w->records, c);
+    g_array_append_val(w->parts, part);
+    return 0;
+}
+
+/* Entry @page of the page table; under log_lock. */
+static void writer_page_entry(CheckpointWriter *w, uint64_t page,
+                              BalePageEntry *e)
+{
+    bale_page_entry(w->s, page, e);
+    if (!w->table || (e->version && e->bucket == BALE_BUCKET_META)) {
+        return;
+    }
+    memset(e, 0, sizeof(*e));
+    if (page < w->mark.pages &&
+        w->table[page].bucket != BALE_BUCKET_META) {
+        *e = w->table[page];
+    }
 }
 
 /* One more than the last page in use: the device is cut behind that. */
-static uint64_t checkpoint_pages(BaleStore *s)
+static uint64_t writer_pages(CheckpointWriter *w)
 {
+    BaleStore *s = w->s;
+    BalePageEntry e = { .version = 0 };
     uint64_t n;
 
     pthread_mutex_lock(&s->log_lock);
     n = s->pages->len;
-    while (n > 0 && !checkpoint_page_used(bale_page(s, n - 1))) {
+    while (n > 0) {
+        writer_page_entry(w, n - 1, &e);
+        if (e.version) {
+            break;
+        }
         n--;
     }
     pthread_mutex_unlock(&s->log_lock);
@@ -294,7 +392,8 @@ static int writer_pages_and_root(CheckpointWriter *w, BalePart *root_part)
             return ret;
         }
     }
-    pages = checkpoint_pages(s);
+    /* More may be in use by now; they are not needed. */
+    pages = MIN(pages, writer_pages(w));
 
     buf = g_try_malloc(MAX(root_len + BALE_PART_LEN,
                            BALE_PAGE_ENTRIES_PER_PART * BALE_PAGE_ENTRY_LEN));
@@ -308,18 +407,9 @@ static int writer_pages_and_root(CheckpointWriter *w, BalePart *root_part)
 
         pthread_mutex_lock(&s->log_lock);
         for (uint32_t i = 0; i < n; i++) {
-            BalePage *p = bale_page(s, first + i);
-            BalePageEntry e = { .bucket = p->bucket };
+            BalePageEntry e;
 
-            if (checkpoint_page_used(p)) {
-                e.version = p->version;
-                e.open = p->state == BALE_PAGE_ACTIVE;
-                e.end = p->end;
-                e.live_bytes =
-                    p->bucket == BALE_BUCKET_META ? 0 : p->live_bytes;
-                e.first_seq = p->first_seq;
-                e.tombstone_seq = p->tombstone_seq;
-            }
+            writer_page_entry(w, first + i, &e);
             bale_page_entry_encode(&e, buf + i * BALE_PAGE_ENTRY_LEN);
         }
         pthread_mutex_unlock(&s->log_lock);
@@ -331,7 +421,7 @@ static int writer_pages_and_root(CheckpointWriter *w, BalePart *root_part)
         g_array_append_val(w->parts, part);
     }
 
-    root.next_seq = s->next_seq;
+    root.next_seq = w->table ? w->mark.next_seq : s->next_seq;
     root.pages = pages;
     root.parts = w->parts->len;
     bale_root_encode(&root, buf);
@@ -407,63 +497,122 @@ static void checkpoint_forget(BaleStore *s, GArray *records)
     pthread_mutex_unlock(&s->log_lock);
 }
 
+/* Everything that a checkpoint consists of; @root: its last record. */
+static int writer_run(CheckpointWriter *w, BalePart *root)
+{
+    int ret = writer_layers(w);
+
+    if (ret == 0) {
+        ret = writer_catalogue(w);
+    }
+    return ret < 0 ? ret : writer_pages_and_root(w, root);
+}
+
+/* Nothing points at what was written: it is garbage. */
+static void writer_give_up(CheckpointWriter *w)
+{
+    checkpoint_forget(w->s, w->records);
+}
+
+/* The superblocks shall name the checkpoint with @root. */
+static void writer_name(CheckpointWriter *w, const BalePart *root)
+{
+    BaleStore *s = w->s;
+    uint64_t page, offset;
+
+    /* A damaged one is no help when this one is damaged, too. */
+    s->super.previous = s->checkpoint->len
+                            ? s->super.checkpoint
+                            : (BaleCheckpointRef){ .address = 0 };
+    pthread_mutex_lock(&s->log_lock);
+    bale_address_split(s, root->address, &page, &offset);
+    s->super.checkpoint = (BaleCheckpointRef){
+        .address = root->address,
+        .version = root->version,
+        .length = BALE_RECORD_HEADER_LEN + root->payload_len,
+        .end = bale_page(s, page)->end / BALE_BLOCK_SIZE,
+    };
+    pthread_mutex_unlock(&s->log_lock);
+}
+
+/* The superblocks name this checkpoint and the one before. */
+static void writer_settle(CheckpointWriter *w)
+{
+    BaleStore *s = w->s;
+    int64_t now_us = g_get_monotonic_time();
+
+    checkpoint_forget(s, s->previous);
+    g_array_free(s->previous, TRUE);
+    s->previous = s->checkpoint;
+    s->checkpoint = g_steal_pointer(&w->records);
+
+    pthread_mutex_lock(&s->log_lock);
+    s->stats.checkpoints++;
+    s->stats.checkpoint_bytes += w->bytes;
+    s->stats.checkpoint_ns += (now_us - w->start_us) * 1000;
+    s->checkpoint_base = w->table ? w->mark.appended : s->appended;
+    s->checkpoint_size = w->bytes;
+    s->checkpoint_time_us = now_us;
+    pthread_mutex_unlock(&s->log_lock);
+}
+
+/*
+ * Some of the superblocks may name it, so it must stay; but so must all that
+ * the others may name.
+ */
+static void writer_doubt(CheckpointWriter *w)
+{
+    g_array_append_vals(w->s->checkpoint, w->records->data, w->records->len);
+}
+
+/* Do without a checkpoint to fall back to, for the room that it takes. */
+static int checkpoint_drop_previous(BaleStore *s)
+{
+    int ret;
+
+    s->super.previous = (BaleCheckpointRef){ .address = 0 };
+    ret = bale_supers_write(s);
+    if (ret == 0) {
+        checkpoint_forget(s, s->previous);
+        g_array_set_size(s->previous, 0);
+        ret = checkpoint_settle(s);
+    }
+    return ret;
+}
+
 bool bale_checkpoint_write(BaleStore *s, GError **errp)
 {
-    CheckpointWriter w = { .s = s };
-    BalePart part = { .kind = BALE_PART_IMAGE }, root = { .kind = 0 };
-    uint64_t page, offset;
+    BalePart root = { .kind = 0 };
+    CheckpointWriter w;
     int ret;
 
     g_assert(s->session);
-    w.parts = g_array_new(FALSE, FALSE, sizeof(BalePart));
-    w.records = g_array_new(FALSE, FALSE, sizeof(BaleCheckpointRecord));
-
+    writer_init(&w, s);
     ret = checkpoint_settle(s);
     if (ret == 0) {
-        ret = writer_layers(&w);
+        ret = writer_run(&w, &root);
     }
-    if (ret == 0) {
-        /* Written anew each time, so that it pins no page for ever. */
-        ret = bale_catalogue_append(s, s->catalogue, false);
-    }
-    if (ret == 0) {
-        /* And twice, in two blocks: without it nothing can be opened. */
-        bale_log_seal(s, BALE_BUCKET_META);
-        ret = bale_catalogue_append(s, s->catalogue, false);
-    }
-    if (ret == 0) {
-        bale_log_seal(s, BALE_BUCKET_META);
-        part.address = s->catalogue_address;
-        part.a = 1;
-        pthread_mutex_lock(&s->log_lock);
-        bale_address_split(s, part.address, &page, &offset);
-        part.version = bale_page(s, page)->version;
-        pthread_mutex_unlock(&s->log_lock);
-        part.payload_len = 0;
-        g_array_append_val(w.parts, part);
-        ret = writer_pages_and_root(&w, &root);
+    if (ret == -ENOSPC && s->previous->len) {
+        /* Better one checkpoint than a store that is not clean. */
+        writer_give_up(&w);
+        writer_destroy(&w);
+        writer_init(&w, s);
+        ret = checkpoint_drop_previous(s);
+        if (ret == 0) {
+            ret = writer_run(&w, &root);
+        }
     }
     if (ret == 0 && !BALE_PLANTED(order_swapped)) {
         ret = bale_log_flush_sync(s);
     }
     if (ret < 0) {
-        /* Nothing points at what was written: it is garbage. */
-        checkpoint_forget(s, w.records);
-        g_array_free(w.records, TRUE);
-        g_array_free(w.parts, TRUE);
+        writer_give_up(&w);
+        writer_destroy(&w);
         return super_error(errp, ret, "writing a checkpoint");
     }
 
-    pthread_mutex_lock(&s->log_lock);
-    bale_address_split(s, root.address, &page, &offset);
-    s->super.checkpoint_end = bale_page(s, page)->end / BALE_BLOCK_SIZE;
+    writer_name(&w, &root);
     s->super.next_seq = s->next_seq;
-    s->stats.checkpoints++;
-    s->stats.checkpoint_bytes += w.bytes;
-    pthread_mutex_unlock(&s->log_lock);
-    s->super.checkpoint_address = root.address;
-    s->super.checkpoint_version = root.version;
-    s->super.checkpoint_length = BALE_RECORD_HEADER_LEN + root.payload_len;
     s->super.device_end = checkpoint_trim(s);
     s->super.state |= BALE_STATE_CLEAN;
     if (BALE_PLANTED(cut_early) && s->dev->ops->truncate) {
@@ -483,14 +632,97 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
         if (!s->dev_info.fixed_size && s->dev->ops->truncate) {
             s->dev->ops->truncate(s->dev, s->super.device_end);
         }
-        checkpoint_forget(s, s->checkpoint);
-        g_array_free(s->checkpoint, TRUE);
-        s->checkpoint = w.records;
-        w.records = NULL;
+        writer_settle(&w);
+    } else {
+        writer_doubt(&w);
     }
-    if (w.records) {
-        g_array_free(w.records, TRUE);
-    }
-    g_array_free(w.parts, TRUE);
+    writer_destroy(&w);
     return ret == 0 || super_error(errp, ret, "writing the superblocks");
+}
+
+/* --- while the store is in use --- */
+
+/* Wait until everybody who appended before the mark has set the index. */
+static int running_wait(BaleStore *s)
+{
+    int ret = 0;
+
+    pthread_mutex_lock(&s->log_lock);
+    while (bale_log_old_phase(s) && ret == 0) {
+        if (store_failed(s)) {
+            ret = -EIO;
+        } else if (s->maintain_stop || s->maintain_pauses ||
+                   s->space_waiters) {
+            ret = -EAGAIN; /* they may wait for us */
+        } else {
+            pthread_cond_wait(&s->log_cond, &s->log_lock);
+        }
+    }
+    pthread_mutex_unlock(&s->log_lock);
+    return ret;
+}
+
+static int running_mark(CheckpointWriter *w)
+{
+    BaleStore *s = w->s;
+
+    for (int i = 0; i < MARK_ATTEMPTS_MAX; i++) {
+        uint64_t room;
+        int ret = running_wait(s);
+
+        if (ret < 0) {
+            return ret;
+        }
+        pthread_mutex_lock(&s->log_lock);
+        room = s->pages->len + WRITE_BUFFERS_MAX;
+        pthread_mutex_unlock(&s->log_lock);
+        g_free(w->table);
+        w->table = g_try_new0(BalePageEntry, room);
+        if (!w->table) {
+            return -ENOMEM;
+        }
+        if (bale_log_mark(s, w->table, room, &w->mark)) {
+            return BALE_PLANTED(mark_not_awaited) ? 0 : running_wait(s);
+        }
+    }
+    return -EAGAIN;
+}
+
+int bale_checkpoint_running(BaleStore *s)
+{
+    BalePart root = { .kind = 0 };
+    CheckpointWriter w;
+    int ret = 0;
+
+    writer_init(&w, s);
+    pthread_rwlock_rdlock(&s->session_lock);
+    if (store_failed(s)) {
+        ret = -EIO;
+        goto out;
+    }
+    if (!s->session) {
+        goto out; /* the store is clean */
+    }
+    ret = running_mark(&w);
+    if (ret == 0) {
+        ret = writer_run(&w, &root);
+    }
+    if (ret == 0 && !BALE_PLANTED(checkpoint_not_flushed)) {
+        ret = bale_log_flush_sync(s);
+    }
+    if (ret < 0) {
+        writer_give_up(&w);
+        goto out;
+    }
+    writer_name(&w, &root);
+    ret = bale_supers_write(s);
+    if (ret == 0) {
+        writer_settle(&w);
+    } else {
+        writer_doubt(&w);
+    }
+out:
+    pthread_rwlock_unlock(&s->session_lock);
+    writer_destroy(&w);
+    return ret;
 }

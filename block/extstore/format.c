@@ -36,12 +36,10 @@ enum {
     SUPER_SUPER_SIZE = 80,
     SUPER_BLOCK_SIZE = 88,
     SUPER_COPY = 92,
-    SUPER_CHECKPOINT_ADDRESS = 96,
-    SUPER_CHECKPOINT_VERSION = 104,
-    SUPER_CHECKPOINT_LENGTH = 112,
-    SUPER_CHECKPOINT_END = 116,
+    SUPER_CHECKPOINT = 96,
     SUPER_NEXT_SEQ = 120,
     SUPER_DEVICE_END = 128,
+    SUPER_PREVIOUS = 136,
     SUPER_CHECKSUM = 504,
 
     PAGE_MAGIC = 0,
@@ -128,6 +126,30 @@ static bool super_geometry_valid(uint32_t cluster_size, uint64_t page_size)
            page_size / BALE_PAGE_CLUSTERS_MIN >= cluster_size;
 }
 
+static void super_put_checkpoint(const BaleCheckpointRef *c, uint8_t *p)
+{
+    put64(p, c->address);
+    put64(p + 8, c->version);
+    put32(p + 16, c->length);
+    put32(p + 20, c->end);
+}
+
+static void super_get_checkpoint(BaleCheckpointRef *c, const uint8_t *p)
+{
+    c->address = get64(p);
+    c->version = get64(p + 8);
+    c->length = get32(p + 16);
+    c->end = get32(p + 20);
+}
+
+static bool super_checkpoint_valid(const BaleCheckpointRef *c,
+                                   uint64_t page_size)
+{
+    return c->address < BALE_DEVICE_SIZE_MAX &&
+           c->end <= page_size / BALE_BLOCK_SIZE &&
+           c->length <= BALE_META_PAYLOAD_MAX + BALE_RECORD_HEADER_MAX;
+}
+
 void bale_super_encode(const BaleSuper *s, unsigned copy, uint8_t *buf)
 {
     g_assert(copy < BALE_SUPER_COPIES);
@@ -148,12 +170,10 @@ void bale_super_encode(const BaleSuper *s, unsigned copy, uint8_t *buf)
     put64(buf + SUPER_SUPER_SIZE, BALE_SUPER_SIZE);
     put32(buf + SUPER_BLOCK_SIZE, BALE_BLOCK_SIZE);
     put32(buf + SUPER_COPY, copy);
-    put64(buf + SUPER_CHECKPOINT_ADDRESS, s->checkpoint_address);
-    put64(buf + SUPER_CHECKPOINT_VERSION, s->checkpoint_version);
-    put32(buf + SUPER_CHECKPOINT_LENGTH, s->checkpoint_length);
-    put32(buf + SUPER_CHECKPOINT_END, s->checkpoint_end);
+    super_put_checkpoint(&s->checkpoint, buf + SUPER_CHECKPOINT);
     put64(buf + SUPER_NEXT_SEQ, s->next_seq);
     put64(buf + SUPER_DEVICE_END, s->device_end);
+    super_put_checkpoint(&s->previous, buf + SUPER_PREVIOUS);
     put64(buf + SUPER_CHECKSUM, bale_checksum(buf, SUPER_CHECKSUM,
                                               bale_super_address(copy)));
 }
@@ -189,12 +209,10 @@ int bale_super_decode(BaleSuper *s, unsigned copy, const uint8_t *buf,
     s->state = get32(buf + SUPER_STATE);
     s->cluster_size = get32(buf + SUPER_CLUSTER_SIZE);
     s->page_size = get64(buf + SUPER_PAGE_SIZE);
-    s->checkpoint_address = get64(buf + SUPER_CHECKPOINT_ADDRESS);
-    s->checkpoint_version = get64(buf + SUPER_CHECKPOINT_VERSION);
-    s->checkpoint_length = get32(buf + SUPER_CHECKPOINT_LENGTH);
-    s->checkpoint_end = get32(buf + SUPER_CHECKPOINT_END);
+    super_get_checkpoint(&s->checkpoint, buf + SUPER_CHECKPOINT);
     s->next_seq = get64(buf + SUPER_NEXT_SEQ);
     s->device_end = get64(buf + SUPER_DEVICE_END);
+    super_get_checkpoint(&s->previous, buf + SUPER_PREVIOUS);
 
     if (s->incompatible & ~(uint64_t)BALE_INCOMPAT_KNOWN) {
         *reason = "an incompatible feature that this program does not know";
@@ -206,11 +224,9 @@ int bale_super_decode(BaleSuper *s, unsigned copy, const uint8_t *buf,
         !super_geometry_valid(s->cluster_size, s->page_size) ||
         s->generation == 0 || s->generation > UINT32_MAX ||
         (s->state & ~(uint32_t)BALE_STATE_CLEAN) ||
-        s->checkpoint_address >= BALE_DEVICE_SIZE_MAX ||
         s->device_end > BALE_DEVICE_SIZE_MAX ||
-        s->checkpoint_end > s->page_size / BALE_BLOCK_SIZE ||
-        s->checkpoint_length >
-            BALE_META_PAYLOAD_MAX + BALE_RECORD_HEADER_MAX) {
+        !super_checkpoint_valid(&s->checkpoint, s->page_size) ||
+        !super_checkpoint_valid(&s->previous, s->page_size)) {
         *reason = "a field of the superblock is out of range";
         return -EIO;
     }

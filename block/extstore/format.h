@@ -43,6 +43,13 @@ enum {
     BALE_STATE_CLEAN = 1u << 0,
 };
 
+/* Where a checkpoint's root record is; address 0: there is none. */
+typedef struct BaleCheckpointRef {
+    uint64_t address, version;
+    uint32_t length;
+    uint32_t end; /* of the root's segment in its page, blocks */
+} BaleCheckpointRef;
+
 typedef struct BaleSuper {
     uint32_t version;    /* set by decode, also when that is -ENOTSUP */
     uint64_t incompatible, ro_compatible, compatible;
@@ -51,9 +58,7 @@ typedef struct BaleSuper {
     uint32_t state;
     uint32_t cluster_size;
     uint64_t page_size;
-    uint64_t checkpoint_address, checkpoint_version;
-    uint32_t checkpoint_length;
-    uint32_t checkpoint_end; /* blocks */
+    BaleCheckpointRef checkpoint, previous;
     uint64_t next_seq;
     uint64_t device_end;
 } BaleSuper;

@@ -45,6 +45,7 @@ int bale_store_write_begin(BaleStore *s)
             return -EIO;
         }
         if (s->session) {
+            bale_log_enter(s);
             return 0;
         }
         pthread_rwlock_unlock(&s->session_lock);
@@ -59,6 +60,7 @@ int bale_store_write_begin(BaleStore *s)
 
 void bale_store_write_end(BaleStore *s)
 {
+    bale_log_leave(s);
     pthread_rwlock_unlock(&s->session_lock);
 }
 

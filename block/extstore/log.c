@@ -697,6 +697,9 @@ int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
     entry.offset = wb->offset + at;
     g_array_append_val(wb->directory, entry);
     s->stats.records_appended++;
+    if (bucket != BALE_BUCKET_META) {
+        bale_maintain_appended(s, size);
+    }
     pthread_mutex_unlock(&s->log_lock);
 
     *address = page_address(s, wb->page) + entry.offset;
@@ -733,7 +736,7 @@ void bale_log_flush(BaleStore *s, BaleDone *done, void *opaque)
         buffer_seal(s, b, &submit);
     }
     nothing = s->sealed_id == s->durable_id && !s->flush_waiters &&
-              !s->flushing && !s->dying_pages->len;
+              !s->flushing && !s->dying_pages->len && !s->flush_forced;
     s->flush_request++;
     if (nothing) {
         s->flushed_request = s->flush_request;
@@ -765,6 +768,20 @@ int bale_log_flush_sync(BaleStore *s)
     return bale_sync_wait(&sync);
 }
 
+int bale_log_flush_forced(BaleStore *s)
+{
+    int ret;
+
+    pthread_mutex_lock(&s->log_lock);
+    s->flush_forced++;
+    pthread_mutex_unlock(&s->log_lock);
+    ret = bale_log_flush_sync(s);
+    pthread_mutex_lock(&s->log_lock);
+    s->flush_forced--;
+    pthread_mutex_unlock(&s->log_lock);
+    return ret;
+}
+
 void bale_log_seal(BaleStore *s, BaleBucket bucket)
 {
     BaleWriteBuffer *submit = NULL;
@@ -781,6 +798,60 @@ void bale_log_seal_page(BaleStore *s, BaleBucket bucket)
     pthread_mutex_lock(&s->log_lock);
     page_seal(s, bucket);
     pthread_mutex_unlock(&s->log_lock);
+}
+
+/* --- what a checkpoint of a store in use needs --- */
+
+/* Sections do not nest, and end on the thread where they began. */
+static _Thread_local unsigned log_phase;
+
+void bale_log_enter(BaleStore *s)
+{
+    pthread_mutex_lock(&s->log_lock);
+    log_phase = s->append_phase;
+    s->appending[log_phase]++;
+    pthread_mutex_unlock(&s->log_lock);
+}
+
+void bale_log_leave(BaleStore *s)
+{
+    pthread_mutex_lock(&s->log_lock);
+    g_assert(s->appending[log_phase] > 0);
+    s->appending[log_phase]--;
+    if (log_phase != s->append_phase) {
+        pthread_cond_broadcast(&s->log_cond);
+    }
+    pthread_mutex_unlock(&s->log_lock);
+}
+
+bool bale_log_old_phase(BaleStore *s)
+{
+    return s->appending[!s->append_phase] > 0;
+}
+
+bool bale_log_mark(BaleStore *s, BalePageEntry *table, uint64_t pages,
+                   BaleLogMark *mark)
+{
+    BaleWriteBuffer *submit = NULL;
+    bool ok;
+
+    pthread_mutex_lock(&s->log_lock);
+    ok = !bale_log_old_phase(s) && s->pages->len <= pages;
+    if (ok) {
+        for (int b = 0; b < BALE_BUCKETS; b++) {
+            buffer_seal(s, b, &submit);
+        }
+        s->append_phase = !s->append_phase;
+        mark->next_seq = s->next_seq;
+        mark->pages = s->pages->len;
+        mark->appended = s->appended;
+        for (uint64_t i = 0; i < mark->pages; i++) {
+            bale_page_entry(s, i, &table[i]);
+        }
+    }
+    pthread_mutex_unlock(&s->log_lock);
+    log_submit(s, submit);
+    return ok;
 }
 
 const uint8_t *bale_log_pin(BaleStore *s, uint64_t address,
@@ -816,6 +887,8 @@ void bale_log_unpin(BaleStore *s, BaleWriteBuffer *wb)
 
 void bale_log_init(BaleStore *s)
 {
+    pthread_condattr_t attr;
+
     pthread_mutex_init(&s->log_lock, NULL);
     pthread_cond_init(&s->log_cond, NULL);
     s->pages = g_array_new(FALSE, TRUE, sizeof(BalePage));
@@ -826,7 +899,10 @@ void bale_log_init(BaleStore *s)
     g_queue_init(&s->in_flight);
     g_queue_init(&s->unproven);
     s->flush_waiters_tail = &s->flush_waiters;
-    pthread_cond_init(&s->maintain_cond, NULL);
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(&s->maintain_cond, &attr);
+    pthread_condattr_destroy(&attr);
     for (int b = 0; b < BALE_BUCKETS; b++) {
         s->active[b] = PAGE_NONE;
     }

@@ -1,13 +1,19 @@
 /*
- * The maintenance thread of an open store: gives dead pages back to the device
- * and compacts fragmented ones.
+ * The maintenance thread of an open store: gives dead pages back to the device,
+ * compacts fragmented ones, and writes checkpoints while the store is in use.
  *
  * It starts with the first session and ends when the store is closed.  It may
  * block on the device and on flushes; nobody who holds log_lock waits for it.
  * A worker may wait for it (when the store is full): it never needs a worker.
  *
  * Pausing: bale_maintain_pause() returns once the thread is between two steps
- * and keeps it there.  A step is one page released or one segment compacted.
+ * and keeps it there.  A step is one page released, one segment compacted, or
+ * one part of a checkpoint written, which is given up then and begun anew.
+ *
+ * A checkpoint is due by what was appended since the newest one began: so much
+ * that recovery would take long, but always many times the checkpoint's own
+ * size, so that it costs next to nothing; less if the store is idle or much
+ * time has passed; and by command.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -15,9 +21,21 @@
 
 #include <errno.h>
 #include <string.h>
+#include <time.h>
 
 #include "util/memory.h"
 #include "util/planted.h"
+
+/* Bytes appended after which a checkpoint is due ... */
+#define CHECKPOINT_BYTES (1ull << 30)
+/* ... but at least so many times the size of the last one. */
+#define CHECKPOINT_SIZES 32u
+/* When so much time has passed, or the store is idle, less is enough. */
+#define CHECKPOINT_TIME_US (300ull * G_USEC_PER_SEC)
+#define CHECKPOINT_TIME_BYTES (16ull << 20)
+#define CHECKPOINT_TIME_SIZES 2u
+/* How often the thread looks at the time while there is something new. */
+#define LOOK_TIME_S 30
 
 /* --- releasing; the states are told in page.c --- */
 
@@ -91,7 +109,133 @@ static void maintain_release(BaleStore *s)
     }
 }
 
+/* --- checkpoints; under log_lock --- */
+
+void bale_maintain_appended(BaleStore *s, uint32_t bytes)
+{
+    uint64_t limit = s->options.checkpoint_bytes;
+    bool first = s->appended == s->checkpoint_base;
+
+    s->appended += bytes;
+    if (!limit) {
+        limit = MAX(CHECKPOINT_BYTES, CHECKPOINT_SIZES * s->checkpoint_size);
+    }
+    if (s->appended - s->checkpoint_base >= limit && !s->checkpoint_due) {
+        s->checkpoint_due = true;
+        first = true;
+    }
+    if (first) {
+        pthread_cond_signal(&s->maintain_cond);
+    }
+}
+
+/* LOOK_TIME_S have passed. */
+static void maintain_look_at_time(BaleStore *s)
+{
+    uint64_t now_us = g_get_monotonic_time();
+    bool idle = s->appended == s->checkpoint_seen;
+    uint64_t enough = MAX(CHECKPOINT_TIME_BYTES,
+                          CHECKPOINT_TIME_SIZES * s->checkpoint_size);
+
+    s->checkpoint_seen = s->appended;
+    if (s->appended - s->checkpoint_base >= enough &&
+        (idle || now_us - s->checkpoint_time_us >= CHECKPOINT_TIME_US)) {
+        s->checkpoint_due = true;
+    }
+}
+
+static bool maintain_checkpoint_due(BaleStore *s)
+{
+    return (s->checkpoint_due ||
+            s->checkpoint_answered < s->checkpoint_asked) &&
+           !s->space_waiters;
+}
+
+/* Called and returns with log_lock. */
+static void maintain_checkpoint(BaleStore *s)
+{
+    uint64_t asked = s->checkpoint_asked;
+    bool by_command = s->checkpoint_answered < asked;
+    int ret = -ENOSPC;
+
+    /* What is kept for discarding and closing is not for this. */
+    if (by_command || bale_page_has_room(s, 2 * s->checkpoint_size)) {
+        pthread_mutex_unlock(&s->log_lock);
+        ret = bale_checkpoint_running(s);
+        pthread_mutex_lock(&s->log_lock);
+    }
+    if (ret == -EAGAIN) {
+        return;
+    }
+    s->checkpoint_due = false;
+    if (ret < 0) {
+        s->checkpoint_base = s->appended; /* not again at once */
+        s->stats.checkpoints_failed++;
+    }
+    s->checkpoint_answered = asked;
+    s->checkpoint_ret = ret;
+    pthread_cond_broadcast(&s->log_cond);
+}
+
+bool bale_maintain_wanted(BaleStore *s)
+{
+    bool wanted;
+
+    pthread_mutex_lock(&s->log_lock);
+    wanted = s->maintain_stop || s->maintain_pauses || s->space_waiters ||
+             store_failed(s);
+    pthread_mutex_unlock(&s->log_lock);
+    return wanted;
+}
+
+bool bale_store_checkpoint_running(BaleStore *s, GError **errp)
+{
+    int ret = s->read_only ? 0 : bale_store_flush_sync(s);
+    uint64_t asked;
+
+    pthread_mutex_lock(&s->log_lock);
+    if (ret == 0 && s->session && s->maintain_started) {
+        asked = ++s->checkpoint_asked;
+        pthread_cond_signal(&s->maintain_cond);
+        while (s->checkpoint_answered < asked && s->maintain_started &&
+               !store_failed(s)) {
+            pthread_cond_wait(&s->log_cond, &s->log_lock);
+        }
+        ret = s->checkpoint_answered < asked ? -EIO : s->checkpoint_ret;
+    }
+    pthread_mutex_unlock(&s->log_lock);
+    if (ret < 0) {
+        g_set_error(errp, BALE_STORE_ERROR,
+                    ret == -ENOSPC   ? BALE_STORE_ERROR_NO_SPACE
+                    : ret == -ENOMEM ? BALE_STORE_ERROR_NO_MEMORY
+                                     : BALE_STORE_ERROR_IO,
+                    "writing a checkpoint: %s", g_strerror(-ret));
+    }
+    return ret == 0;
+}
+
 /* --- the thread --- */
+
+/* Wait for something to do.  Called and returns with log_lock. */
+static void maintain_wait(BaleStore *s)
+{
+    struct timespec until;
+
+    s->maintain_idle = true;
+    pthread_cond_broadcast(&s->log_cond);
+    if (s->appended == s->checkpoint_base || s->maintain_pauses ||
+        store_failed(s)) {
+        pthread_cond_wait(&s->maintain_cond, &s->log_lock);
+    } else {
+        clock_gettime(CLOCK_MONOTONIC, &until);
+        until.tv_sec += LOOK_TIME_S;
+        if (pthread_cond_timedwait(&s->maintain_cond, &s->log_lock, &until) ==
+            ETIMEDOUT) {
+            maintain_look_at_time(s);
+        }
+    }
+    s->maintain_idle = false;
+}
 
 /* Whether dying pages wait for nothing but a flush.  Under log_lock. */
 static bool maintain_wants_flush(BaleStore *s)
@@ -107,11 +251,8 @@ static void *maintain_main(void *opaque)
     while (!s->maintain_stop) {
         if (s->maintain_pauses || store_failed(s) ||
             !(s->maintain_release || s->maintain_look ||
-              maintain_wants_flush(s))) {
-            s->maintain_idle = true;
-            pthread_cond_broadcast(&s->log_cond);
-            pthread_cond_wait(&s->maintain_cond, &s->log_lock);
-            s->maintain_idle = false;
+              maintain_wants_flush(s) || maintain_checkpoint_due(s))) {
+            maintain_wait(s);
             continue;
         }
         if (s->maintain_release) {
@@ -131,6 +272,10 @@ static void *maintain_main(void *opaque)
             pthread_mutex_lock(&s->log_lock);
             s->space_rounds++;
             pthread_cond_broadcast(&s->log_cond);
+        }
+        if (maintain_checkpoint_due(s) && !s->maintain_pauses &&
+            !s->maintain_stop) {
+            maintain_checkpoint(s);
         }
     }
     s->maintain_idle = true;
@@ -156,6 +301,7 @@ void bale_maintain_stop(BaleStore *s)
         pthread_mutex_lock(&s->log_lock);
         s->maintain_stop = true;
         pthread_cond_signal(&s->maintain_cond);
+        pthread_cond_broadcast(&s->log_cond);
         pthread_mutex_unlock(&s->log_lock);
         pthread_join(s->maintain_thread, NULL);
         /* Who waits for space must not wait for a thread that is gone. */
@@ -171,6 +317,7 @@ void bale_maintain_pause(BaleStore *s)
 {
     pthread_mutex_lock(&s->log_lock);
     s->maintain_pauses++;
+    pthread_cond_broadcast(&s->log_cond);
     while (s->maintain_started && !s->maintain_idle) {
         pthread_cond_wait(&s->log_cond, &s->log_lock);
     }
@@ -226,6 +373,7 @@ bool bale_maintain_wait_space(BaleStore *s)
     s->maintain_look = true;
     s->space_wanted = true;
     pthread_cond_signal(&s->maintain_cond);
+    pthread_cond_broadcast(&s->log_cond);
     /* One look for garbage, then a flush if pages are dying. */
     while (s->space_rounds == before && s->maintain_started &&
            !store_failed(s) && !s->maintain_pauses &&

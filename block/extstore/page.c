@@ -119,6 +119,25 @@ void bale_page_live_sub(BaleStore *s, uint64_t address, uint64_t bytes)
     }
 }
 
+void bale_page_entry(BaleStore *s, uint64_t page, BalePageEntry *e)
+{
+    BalePage *p = bale_page(s, page);
+
+    memset(e, 0, sizeof(*e));
+    e->bucket = p->bucket;
+    /* A page whose header is marked already is as good as free. */
+    if (p->state == BALE_PAGE_FREE || p->state == BALE_PAGE_MARKED ||
+        p->state == BALE_PAGE_RELEASING) {
+        return;
+    }
+    e->version = p->version;
+    e->open = p->state == BALE_PAGE_ACTIVE;
+    e->end = p->end;
+    e->live_bytes = p->bucket == BALE_BUCKET_META ? 0 : p->live_bytes;
+    e->first_seq = p->first_seq;
+    e->tombstone_seq = p->tombstone_seq;
+}
+
 /* Does a page other than @page hold records older than @seq? */
 bool bale_page_older_exists(BaleStore *s, uint64_t page, uint64_t seq)
 {
@@ -181,6 +200,14 @@ void bale_page_flushed(BaleStore *s)
     if (work) {
         bale_maintain_signal(s, true, false);
     }
+}
+
+bool bale_page_has_room(BaleStore *s, uint64_t bytes)
+{
+    uint64_t total = bale_page_device_pages(s);
+    uint64_t need = RESERVE_PAGES + 1 + bytes / s->page_size;
+
+    return total + s->free_pages->len >= s->pages->len + need;
 }
 
 /*
@@ -294,7 +321,7 @@ static int page_prepare_once(BaleStore *s, BaleBucket bucket, uint32_t need)
             memset(p, 0, sizeof(*p));
             p->state = BALE_PAGE_ACTIVE;
             p->bucket = bucket;
-            p->version = s->super.generation << 32 | ++s->page_count;
+            p->version = s->session_generation << 32 | ++s->page_count;
             p->order = ++s->page_order;
             p->overhead = BALE_BLOCK_SIZE;
             p->first_seq = s->next_seq;

@@ -1,6 +1,15 @@
 /*
- * Recovery by a scan: apply the records that were found, in order of their
- * sequence numbers, to an empty index.
+ * Recovery: apply the records that were found, in order of their sequence
+ * numbers, to empty indexes or to those of a checkpoint.
+ *
+ * A scan makes the layers of the newest catalogue first, and takes records of
+ * what was merged since for records of what that was merged into.  With a
+ * checkpoint the layers are those of its catalogue, and each later one is put
+ * into force in its turn, as it was then.
+ *
+ * In the tail of a checkpoint there are also copies of older records, whose
+ * originals compaction has moved away.  What the checkpoint says of a cluster
+ * is newer or the same, unless its page is gone; then the newest copy counts.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -20,6 +29,33 @@ static int entry_compare(const void *a, const void *b)
         return x->address > y->address ? -1 : x->address < y->address;
     }
     return x->seq < y->seq ? -1 : x->seq > y->seq;
+}
+
+/* Is it in a checkpoint's tail, but older than that?  Then it is a copy. */
+static bool apply_is_old(Scan *scan, const ScanEntry *e)
+{
+    return scan->from && e->seq < scan->from->root.next_seq;
+}
+
+/*
+ * Copies count only if what the checkpoint says of the cluster is stale.  Of
+ * several the last one does; a value that an older one has set points into the
+ * tail, and so is stale.
+ */
+static bool apply_wanted(Scan *scan, BaleLayer *layer, const ScanEntry *e,
+                         uint64_t cluster)
+{
+    BaleStore *s = scan->s;
+    uint64_t value, page, offset;
+
+    if (!apply_is_old(scan, e)) {
+        return true;
+    }
+    value = bale_layer_find(layer, cluster);
+    return value == VALUE_STALE ||
+           (value && bale_address_split(s, bale_value_address(value), &page,
+                                        &offset) &&
+            offset >= scan->from->limit[page]);
 }
 
 /* Read a catalogue.  -ENOENT: it is damaged, which has been reported. */
@@ -150,7 +186,67 @@ static int apply_catalogue(Scan *scan, const ScanEntry *e)
     return 0;
 }
 
-static int apply_range(BaleLayer *layer, uint64_t clusters,
+/*
+ * Clusters of which neither checkpoint nor tail says anything that is still
+ * there: a page is given up only when nothing in it counts any more.
+ */
+static int apply_drop_stale(Scan *scan)
+{
+    GArray *stale = scan->from ? scan->from->stale : NULL;
+    int ret = 0;
+
+    for (guint i = 0; stale && ret == 0 && i < stale->len; i++) {
+        StaleCluster *c = &g_array_index(stale, StaleCluster, i);
+        BaleLayer *layer = bale_layer_get(scan->s, c->layer);
+
+        if (layer && bale_layer_find(layer, c->cluster) == VALUE_STALE) {
+            ret = bale_layer_index_set(layer, c->cluster, 0, NULL);
+        }
+    }
+    if (stale && ret == 0) {
+        g_array_set_size(stale, 0);
+    }
+    return ret;
+}
+
+/*
+ * A catalogue of the tail comes into force.  What is still stale then was
+ * dropped, or is replaced by something younger: a layer that is merged may not
+ * take it for a cluster.
+ */
+static int apply_next_catalogue(Scan *scan, const ScanEntry *e)
+{
+    BaleStore *s = scan->s;
+    BaleCatalogue *cat;
+    int ret = scan_catalogue(scan, e, &cat);
+
+    if (ret < 0) {
+        return ret == -ENOENT ? 0 : ret;
+    }
+    for (guint i = 0; i < cat->layers->len; i++) {
+        BaleLayerEntry *now = &g_array_index(cat->layers, BaleLayerEntry, i);
+        BaleLayerEntry *then = bale_catalogue_layer(s->catalogue, now->id);
+
+        if (then && now->size < then->size) {
+            apply_tombstone(scan, e);
+        } else if (then && now->size > then->size && scan->catalogue_entry) {
+            apply_tombstone(scan, scan->catalogue_entry);
+        }
+    }
+    ret = apply_drop_stale(scan);
+    if (ret < 0) {
+        bale_catalogue_free(cat);
+        return ret;
+    }
+    ret = bale_catalogue_install(s, cat);
+    if (ret == 0) {
+        s->catalogue_address = e->address;
+        scan->catalogue_entry = e;
+    }
+    return ret;
+}
+
+static int apply_range(Scan *scan, BaleLayer *layer, uint64_t clusters,
                        const ScanEntry *e)
 {
     uint64_t value = e->type == BALE_RECORD_ZERO ? bale_value(e->address, 0)
@@ -160,12 +256,16 @@ static int apply_range(BaleLayer *layer, uint64_t clusters,
     if (e->cluster >= clusters) {
         return 0;
     }
+    if (e->type == BALE_RECORD_DROP && apply_is_old(scan, e)) {
+        return 0; /* the checkpoint knows */
+    }
     if (e->type == BALE_RECORD_DROP && e->count == 0) {
         bale_layer_clear_from(layer, e->cluster);
         return 0;
     }
     for (uint64_t c = e->cluster; c < MIN(end, clusters); c++) {
-        if (bale_layer_index_set(layer, c, value, NULL) < 0) {
+        if (apply_wanted(scan, layer, e, c) &&
+            bale_layer_index_set(layer, c, value, NULL) < 0) {
             return -ENOMEM;
         }
     }
@@ -189,12 +289,18 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
     case BALE_RECORD_IMAGE:
     case BALE_RECORD_CATALOGUE:
         p->bucket = BALE_BUCKET_META;
-        return apply_catalogue(scan, e);
+        if (!scan->from) {
+            return apply_catalogue(scan, e);
+        }
+        return apply_is_old(scan, e) ? 0 : apply_next_catalogue(scan, e);
     case BALE_RECORD_DATA:
         if (!layer || e->cluster >= clusters) {
             return 0;
         }
         s->recovered_records++;
+        if (!apply_wanted(scan, layer, e, e->cluster)) {
+            return 0;
+        }
         return bale_layer_index_set(
             layer, e->cluster,
             bale_value(e->address,
@@ -209,7 +315,7 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
             return 0;
         }
         s->recovered_records++;
-        return apply_range(layer, clusters, e);
+        return apply_range(scan, layer, clusters, e);
     default:
         return 0;
     }
@@ -224,30 +330,46 @@ bool bale_recover_count_live(uint64_t cluster, uint64_t value, void *opaque)
     return true;
 }
 
-int bale_scan_apply(Scan *scan)
+/* What was found in the pages becomes the page table. */
+static int apply_pages(Scan *scan)
 {
     BaleStore *s = scan->s;
-    GHashTableIter iter;
-    void *value;
     int ret = bale_page_table_grow(s, scan->pages);
 
     for (uint64_t i = 0; ret == 0 && i < scan->pages; i++) {
         ScanPage *sp = &scan->page[i];
         BalePage *p = bale_page(s, i);
 
+        if (!sp->kept) {
+            memset(p, 0, sizeof(*p));
+        }
         if (!sp->used) {
             continue;
         }
-        p->version = sp->header.version;
-        p->bucket = sp->header.bucket;
         p->state = BALE_PAGE_SEALED;
+        p->version = sp->header.version;
         p->end = sp->end;
         p->proven = sp->proven;
-        p->first_seq = sp->header.first_seq;
         p->allocated = s->page_size;
+        if (!sp->kept) {
+            p->bucket = sp->header.bucket;
+            p->first_seq = sp->header.first_seq;
+        }
     }
+    return ret;
+}
+
+int bale_scan_apply(Scan *scan)
+{
+    BaleStore *s = scan->s;
+    GHashTableIter iter;
+    void *value;
+    int ret = apply_pages(scan);
+
     g_array_sort(scan->entries, entry_compare);
-    ret = ret == 0 ? apply_make_layers(scan) : ret;
+    if (ret == 0 && !scan->from) {
+        ret = apply_make_layers(scan);
+    }
     if (ret < 0 || !s->catalogue_address) {
         return ret;
     }
@@ -257,6 +379,9 @@ int bale_scan_apply(Scan *scan)
         if (!e->dropped) {
             ret = apply_entry(scan, e);
         }
+    }
+    if (ret == 0) {
+        ret = apply_drop_stale(scan);
     }
     bale_catalogue_free(scan->catalogue);
     scan->catalogue = NULL;

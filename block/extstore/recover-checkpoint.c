@@ -58,47 +58,80 @@ int bale_recover_record(BaleStore *s, uint64_t address, uint64_t version,
     return 0;
 }
 
-static int load_pages(BaleStore *s, const BalePart *part,
-                      const uint8_t *payload)
-{
-    if (part->a + part->b > s->pages->len) {
-        return -EIO;
-    }
-    for (uint64_t i = 0; i < part->b; i++) {
-        BalePage *p = bale_page(s, part->a + i);
-        BalePageEntry e;
+/* --- the page table --- */
 
-        if (bale_page_entry_decode(&e, s->page_size,
-                                   payload + i * BALE_PAGE_ENTRY_LEN) < 0) {
+static int load_page(Checkpoint *c, uint64_t page, const BalePageEntry *e)
+{
+    BaleStore *s = c->s;
+    BalePage *p;
+
+    if (e->version == 0 || (e->end == 0 && page_address(s, page) >= c->cut)) {
+        return 0;
+    }
+    if (page >= s->pages->len) {
+        if (c->exact) {
             return -EIO;
         }
-        if (e.version == 0) {
-            continue;
+        if (page_address(s, page) < c->cut && !c->lost) {
+            bale_recover_report(s, "page %" PRIu64 " lies behind the end of "
+                                "the device", page);
+            c->lost = true;
         }
-        p->version = e.version;
-        p->bucket = e.bucket;
-        p->state = BALE_PAGE_SEALED;
-        p->end = p->proven = p->allocated = e.end;
-        /* Counted anew with the index: what the entry says is not trusted. */
-        p->live_bytes = 0;
-        p->first_seq = e.first_seq;
-        p->tombstone_seq = e.tombstone_seq;
-        if (e.open) {
-            if (s->active[e.bucket] != PAGE_NONE) {
-                return -EIO;
-            }
-            p->state = BALE_PAGE_ACTIVE;
-            s->active[e.bucket] = part->a + i;
+        return 0;
+    }
+    p = bale_page(s, page);
+    p->version = e->version;
+    p->bucket = e->bucket;
+    p->state = BALE_PAGE_SEALED;
+    p->end = p->proven = p->allocated = e->end;
+    /* Counted anew with the index: what the entry says is not trusted. */
+    p->live_bytes = 0;
+    p->first_seq = e->first_seq;
+    p->tombstone_seq = e->tombstone_seq;
+    if (e->open) {
+        if (s->active[e->bucket] != PAGE_NONE) {
+            return -EIO;
         }
+        p->state = BALE_PAGE_ACTIVE;
+        s->active[e->bucket] = page;
     }
     return 0;
 }
 
-static int load_index(BaleStore *s, const BalePart *part,
+static int load_pages(Checkpoint *c, const BalePart *part,
+                      const uint8_t *payload)
+{
+    int ret = part->a + part->b > c->root.pages ? -EIO : 0;
+
+    for (uint64_t i = 0; ret == 0 && i < part->b; i++) {
+        BalePageEntry e;
+
+        ret = bale_page_entry_decode(&e, c->s->page_size,
+                                     payload + i * BALE_PAGE_ENTRY_LEN);
+        if (ret == 0) {
+            ret = load_page(c, part->a + i, &e);
+        }
+    }
+    return ret;
+}
+
+/* --- the image and its index --- */
+
+/* Does the checkpoint know the record that @value points at? */
+static bool load_value_known(Checkpoint *c, uint64_t value)
+{
+    uint64_t page, offset;
+
+    return bale_address_split(c->s, bale_value_address(value), &page,
+                              &offset) &&
+           offset + BALE_RECORD_HEADER_LEN <= c->limit[page];
+}
+
+static int load_index(Checkpoint *c, const BalePart *part,
                       const uint8_t *payload)
 {
     BaleLayer *layer =
-        part->a <= UINT32_MAX ? bale_layer_get(s, part->a) : NULL;
+        part->a <= UINT32_MAX ? bale_layer_get(c->s, part->a) : NULL;
 
     if (!layer ||
         part->b + part->payload_len / 8 > bale_layer_clusters(layer)) {
@@ -106,27 +139,35 @@ static int load_index(BaleStore *s, const BalePart *part,
     }
     for (uint32_t i = 0; i < part->payload_len / 8; i++) {
         uint64_t value = bale_get_le64(payload + i * 8);
-        uint64_t page, offset;
 
         if (value == 0) {
             continue;
         }
-        if (value >> BALE_VALUE_BITS ||
-            !bale_address_split(s, bale_value_address(value), &page,
-                                &offset) ||
-            offset + BALE_RECORD_HEADER_LEN > bale_page(s, page)->end) {
+        if (value >> BALE_VALUE_BITS) {
             return -EIO;
+        }
+        if (!load_value_known(c, value)) {
+            StaleCluster stale = { part->a, part->b + i };
+
+            if (c->exact) {
+                return -EIO;
+            }
+            g_array_append_val(c->stale, stale);
+            value = VALUE_STALE;
         }
         if (bale_layer_index_set(layer, part->b + i, value, NULL) < 0) {
             return -ENOMEM;
         }
-        bale_recover_count_live(part->b + i, value, s);
+        if (c->exact) {
+            bale_recover_count_live(part->b + i, value, c->s);
+        }
     }
     return 0;
 }
 
-static int load_catalogue(BaleStore *s, const BalePart *part)
+static int load_catalogue(Checkpoint *c, const BalePart *part)
 {
+    BaleStore *s = c->s;
     g_autofree uint8_t *payload = NULL;
     BaleCatalogue *cat;
     BaleRecord r;
@@ -141,8 +182,8 @@ static int load_catalogue(BaleStore *s, const BalePart *part)
         return -EIO;
     }
     len = MIN(len, s->dev_info.size - part->address);
-    ret =
-        bale_recover_record(s, part->address, part->version, len, &r, &payload);
+    ret = bale_recover_record(s, part->address, part->version, len, &r,
+                              &payload);
     if (ret < 0) {
         return ret;
     }
@@ -155,48 +196,39 @@ static int load_catalogue(BaleStore *s, const BalePart *part)
         return ret;
     }
     s->catalogue_address = part->address;
-    bale_page_live_add(s, part->address, BALE_RECORD_HEADER_LEN);
     return 0;
 }
 
-static void load_note_record(BaleStore *s, uint64_t address, uint32_t len)
-{
-    BaleCheckpointRecord c = { address, len };
-
-    g_array_append_val(s->checkpoint, c);
-    bale_page_live_add(s, address, len);
-}
-
 /* Load all parts of @kind. */
-static int load_parts(BaleStore *s, uint32_t parts, const uint8_t *p,
-                      uint32_t kind)
+static int load_parts(Checkpoint *c, uint32_t kind)
 {
-    for (uint32_t i = 0; i < parts; i++) {
+    for (uint32_t i = 0; i < c->root.parts; i++) {
         g_autofree uint8_t *payload = NULL;
         BalePart part;
         BaleRecord r;
         int ret;
 
-        if (bale_part_decode(&part, p + i * BALE_PART_LEN) < 0) {
+        if (bale_part_decode(&part, c->payload + BALE_ROOT_FIXED_LEN +
+                                        i * BALE_PART_LEN) < 0) {
             return -EIO;
         }
         if (part.kind != kind) {
             continue;
         }
         if (kind == BALE_PART_IMAGE) {
-            ret = load_catalogue(s, &part);
+            ret = load_catalogue(c, &part);
         } else {
             uint32_t len = BALE_RECORD_HEADER_LEN + part.payload_len;
 
-            ret = bale_recover_record(s, part.address, part.version, len, &r,
-                                      &payload);
+            ret = bale_recover_record(c->s, part.address, part.version, len,
+                                      &r, &payload);
             if (ret == 0 && (r.type != BALE_RECORD_CHECKPOINT_PART ||
                              r.payload_len != part.payload_len)) {
                 ret = -EIO;
             }
             if (ret == 0) {
-                ret = kind == BALE_PART_PAGES ? load_pages(s, &part, payload)
-                                              : load_index(s, &part, payload);
+                ret = kind == BALE_PART_PAGES ? load_pages(c, &part, payload)
+                                              : load_index(c, &part, payload);
             }
         }
         if (ret < 0) {
@@ -206,70 +238,151 @@ static int load_parts(BaleStore *s, uint32_t parts, const uint8_t *p,
     return 0;
 }
 
-int bale_recover_checkpoint(BaleStore *s)
+/* --- the checkpoint --- */
+
+static int load_root(BaleStore *s, const BaleCheckpointRef *ref,
+                     BaleRoot *root, uint8_t **payload)
 {
-    g_autofree uint8_t *payload = NULL;
-    const BaleSuper *super = &s->super;
-    uint64_t page, offset;
     BaleRecord r;
-    BaleRoot root;
     int ret;
 
-    ret = bale_recover_record(s, super->checkpoint_address,
-                              super->checkpoint_version,
-                              super->checkpoint_length, &r, &payload);
-    if (ret < 0) {
-        return ret;
-    }
-    if (r.type != BALE_RECORD_CHECKPOINT_ROOT ||
-        bale_root_decode(&root, payload, r.payload_len) < 0 ||
-        root.pages > (s->dev_info.size - BALE_SUPER_SIZE) / s->page_size + 1) {
+    if (ref->address < BALE_SUPER_SIZE) {
         return -EIO;
     }
-    ret = bale_page_table_grow(s, root.pages);
+    ret = bale_recover_record(s, ref->address, ref->version, ref->length, &r,
+                              payload);
+    if (ret == 0 && (r.type != BALE_RECORD_CHECKPOINT_ROOT ||
+                     bale_root_decode(root, *payload, r.payload_len) < 0)) {
+        ret = -EIO;
+    }
+    return ret;
+}
+
+int bale_checkpoint_open(Checkpoint *c, BaleStore *s,
+                         const BaleCheckpointRef *ref, bool exact)
+{
+    uint64_t page, offset;
+    int ret;
+
+    *c = (Checkpoint){ .s = s, .ref = *ref, .exact = exact };
+    c->pages = s->dev_info.size < BALE_SUPER_SIZE
+                   ? 0
+                   : (s->dev_info.size - BALE_SUPER_SIZE) / s->page_size + 1;
+    c->stale = g_array_new(FALSE, FALSE, sizeof(StaleCluster));
+    ret = load_root(s, ref, &c->root, &c->payload);
+    if (ret < 0) {
+        return ret;
+    }
+    if (exact && c->root.pages > c->pages) {
+        return -EIO;
+    }
+    /* Between two clean checkpoints a device only grows. */
+    c->cut = c->root.next_seq < s->super.next_seq &&
+                     ref->address != s->super.checkpoint.address
+                 ? s->super.device_end
+                 : UINT64_MAX;
+    ret = bale_page_table_grow(s, c->pages);
     if (ret == 0) {
-        ret = load_parts(s, root.parts, payload + BALE_ROOT_FIXED_LEN,
-                         BALE_PART_PAGES);
+        ret = load_parts(c, BALE_PART_PAGES);
     }
     if (ret < 0) {
         return ret;
     }
-    if (!bale_address_split(s, super->checkpoint_address, &page, &offset) ||
-        (uint64_t)super->checkpoint_end * BALE_BLOCK_SIZE <
-            offset + super->checkpoint_length ||
-        bale_page(s, page)->version != super->checkpoint_version) {
+    if (!bale_address_split(s, ref->address, &page, &offset) ||
+        (uint64_t)ref->end * BALE_BLOCK_SIZE < offset + ref->length ||
+        bale_page(s, page)->version != ref->version) {
         return -EIO;
     }
     bale_page(s, page)->end = bale_page(s, page)->proven =
-        bale_page(s, page)->allocated =
-            (uint64_t)super->checkpoint_end * BALE_BLOCK_SIZE;
+        bale_page(s, page)->allocated = (uint64_t)ref->end * BALE_BLOCK_SIZE;
 
-    ret = load_parts(s, root.parts, payload + BALE_ROOT_FIXED_LEN,
-                     BALE_PART_IMAGE);
-    if (ret == 0) {
-        ret = load_parts(s, root.parts, payload + BALE_ROOT_FIXED_LEN,
-                         BALE_PART_INDEX);
+    c->limit = g_try_new0(uint64_t, s->pages->len + 1);
+    for (uint64_t i = 0; c->limit && i < s->pages->len; i++) {
+        c->limit[i] = bale_page(s, i)->end;
     }
-    if (ret < 0 || !s->catalogue_address) {
-        return ret < 0 ? ret : -EIO;
-    }
-
-    load_note_record(s, super->checkpoint_address, super->checkpoint_length);
-    for (uint32_t i = 0; i < root.parts; i++) {
-        BalePart part;
-
-        bale_part_decode(&part, payload + BALE_ROOT_FIXED_LEN +
-                                    i * BALE_PART_LEN);
-        if (part.kind != BALE_PART_IMAGE) {
-            load_note_record(s, part.address,
-                             BALE_RECORD_HEADER_LEN + part.payload_len);
-        }
-    }
-    s->next_seq = MAX(root.next_seq, super->next_seq);
-    return 0;
+    return c->limit ? 0 : -ENOMEM;
 }
 
-/* Forget what a checkpoint that turned out damaged has loaded. */
+void bale_checkpoint_close(Checkpoint *c)
+{
+    g_free(c->payload);
+    g_free(c->limit);
+    g_array_free(c->stale, TRUE);
+}
+
+int bale_checkpoint_load(Checkpoint *c)
+{
+    int ret = load_parts(c, BALE_PART_IMAGE);
+
+    if (ret == 0) {
+        ret = load_parts(c, BALE_PART_INDEX);
+    }
+    return ret == 0 && !c->s->catalogue_address ? -EIO : ret;
+}
+
+static void note_record(BaleStore *s, GArray *records, uint64_t address,
+                        uint32_t len)
+{
+    BaleCheckpointRecord c = { address, len };
+
+    g_array_append_val(records, c);
+    bale_page_live_add(s, address, len);
+}
+
+static void note_records(BaleStore *s, GArray *records,
+                         const BaleCheckpointRef *ref, const BaleRoot *root,
+                         const uint8_t *payload)
+{
+    note_record(s, records, ref->address, ref->length);
+    for (uint32_t i = 0; i < root->parts; i++) {
+        BalePart part;
+
+        if (bale_part_decode(&part, payload + BALE_ROOT_FIXED_LEN +
+                                        i * BALE_PART_LEN) == 0) {
+            note_record(s, records, part.address,
+                        BALE_RECORD_HEADER_LEN + part.payload_len);
+        }
+    }
+}
+
+void bale_checkpoint_note(Checkpoint *c, const BaleCheckpointRef *previous)
+{
+    BaleStore *s = c->s;
+    g_autofree uint8_t *payload = NULL;
+    BaleRoot root;
+
+    note_records(s, s->checkpoint, &c->ref, &c->root, c->payload);
+    if (load_root(s, previous, &root, &payload) == 0) {
+        note_records(s, s->previous, previous, &root, payload);
+    }
+    for (guint i = 0; i < s->checkpoint->len; i++) {
+        s->checkpoint_size +=
+            g_array_index(s->checkpoint, BaleCheckpointRecord, i).len;
+    }
+}
+
+RecoverResult bale_recover_exact(BaleStore *s, GError **errp)
+{
+    Checkpoint c;
+    int ret = bale_checkpoint_open(&c, s, &s->super.checkpoint, true);
+
+    if (ret == 0) {
+        ret = bale_checkpoint_load(&c);
+    }
+    if (ret == 0) {
+        bale_page_live_add(s, s->catalogue_address, BALE_RECORD_HEADER_LEN);
+        bale_checkpoint_note(&c, &s->super.previous);
+        s->next_seq = MAX(c.root.next_seq, s->super.next_seq);
+        g_array_set_size(s->pages, c.root.pages);
+    }
+    bale_checkpoint_close(&c);
+    if (ret == -ENOMEM) {
+        bale_recover_set_error(errp, ret, "reading the checkpoint");
+        return RECOVER_FAILED;
+    }
+    return ret == 0 ? RECOVER_OK : RECOVER_DAMAGED;
+}
+
 void bale_recover_reset(BaleStore *s)
 {
     g_hash_table_remove_all(s->layers);
@@ -278,6 +391,10 @@ void bale_recover_reset(BaleStore *s)
     s->catalogue_address = 0;
     g_array_set_size(s->pages, 0);
     g_array_set_size(s->checkpoint, 0);
+    g_array_set_size(s->previous, 0);
+    s->checkpoint_size = 0;
+    s->recovered_records = 0;
+    s->torn_bytes = 0;
     for (int b = 0; b < BALE_BUCKETS; b++) {
         s->active[b] = PAGE_NONE;
     }

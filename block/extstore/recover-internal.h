@@ -1,8 +1,9 @@
 /*
  * The inside of recovery: what its files share.
  *
- *     recover.c             opens: a checkpoint or a scan
+ *     recover.c             opens: a checkpoint, with the tail, or a scan
  *     recover-checkpoint.c  loads a checkpoint
+ *     recover-tail.c        finds what was appended after a checkpoint
  *     recover-scan.c        walks pages; tells torn tails from damage
  *     recover-apply.c       applies what was found, in order of sequence
  *
@@ -45,6 +46,7 @@ enum {
 typedef struct ScanPage {
     BalePageHeader header;
     bool used;
+    bool kept;         /* has the version that the checkpoint says */
     bool header_damaged;
     bool blank;        /* the first two blocks are zeroes */
     uint64_t freed;    /* the version that its mark says is freed, or 0 */
@@ -52,6 +54,31 @@ typedef struct ScanPage {
     uint64_t proven;   /* highest barrier for this version */
     GArray *segments;  /* ScanSegment */
 } ScanPage;
+
+/*
+ * In the index while a tail is applied: what the checkpoint says of the cluster
+ * points into the tail, or into a page that is gone.  No record has address 0.
+ */
+#define VALUE_STALE 1u
+
+typedef struct StaleCluster {
+    uint32_t layer;
+    uint64_t cluster;
+} StaleCluster;
+
+/* A checkpoint that is being loaded. */
+typedef struct Checkpoint {
+    BaleStore *s;
+    BaleCheckpointRef ref;
+    bool exact;        /* there is no tail */
+    BaleRoot root;
+    uint8_t *payload;  /* of the root */
+    uint64_t pages;    /* that the device has */
+    uint64_t cut;      /* pages from this address on may have been cut off */
+    uint64_t *limit;   /* of each page: where what the checkpoint knows ends */
+    GArray *stale;     /* StaleCluster */
+    bool lost;         /* pages lie behind the end of the device */
+} Checkpoint;
 
 /* A barrier, or what the checkpoint says of a page, which is as good. */
 typedef struct ScanBarrier {
@@ -62,6 +89,8 @@ typedef struct ScanBarrier {
 
 typedef struct Scan {
     BaleStore *s;
+    Checkpoint *from;  /* only what came after this; NULL: everything */
+    bool recent;       /* no page was cut off since that */
     uint64_t pages;
     ScanPage *page;
     GArray *entries;   /* ScanEntry */
@@ -81,8 +110,31 @@ void bale_recover_report(BaleStore *s, const char *fmt, ...)
     G_GNUC_PRINTF(2, 3);
 void bale_recover_set_error(GError **errp, int ret, const char *what);
 
+typedef enum RecoverResult {
+    RECOVER_OK,
+    RECOVER_DAMAGED, /* try another way; what was loaded is to be forgotten */
+    RECOVER_FAILED,  /* errp is set */
+} RecoverResult;
+
 /* recover-scan.c */
 bool bale_recover_scan(BaleStore *s, GError **errp);
+int bale_scan_init(Scan *scan, BaleStore *s);
+void bale_scan_destroy(Scan *scan);
+/* Read [@offset, @offset + @len) of @page, widened to blocks, to @scan->buf. */
+const uint8_t *bale_scan_read(Scan *scan, uint64_t page, uint64_t offset,
+                              uint64_t len);
+/* List the segments of @page from @offset to its end. */
+void bale_scan_walk(Scan *scan, uint64_t page, uint64_t offset);
+/* Look at the first blocks of @page, which the checkpoint does not know. */
+void bale_scan_page(Scan *scan, uint64_t page);
+/*
+ * The newest checkpoint may be out of date or damaged, but what it says of
+ * pages was flushed: a page that it names is there, or marked as freed, or
+ * used anew.  As far as it can be read, take it for barriers.
+ */
+void bale_scan_checkpoint(Scan *scan);
+/* Decide what of that is there. */
+void bale_scan_judge(Scan *scan);
 /*
  * Read, verify the record at @offset of @page.  *@payload points into
  * scan->buf.  0, -ENOENT, -EIO; a device error is also left in scan->ret.
@@ -97,7 +149,19 @@ int bale_scan_apply(Scan *scan);
 bool bale_recover_count_live(uint64_t cluster, uint64_t value, void *opaque);
 
 /* recover-checkpoint.c */
-int bale_recover_checkpoint(BaleStore *s);
+/* The state of a clean store. */
+RecoverResult bale_recover_exact(BaleStore *s, GError **errp);
+/*
+ * Read the root and page table of @c->ref; the page table goes to the store.
+ * 0, -ENOMEM, -EIO.  bale_checkpoint_close() in any case.
+ */
+int bale_checkpoint_open(Checkpoint *c, BaleStore *s,
+                         const BaleCheckpointRef *ref, bool exact);
+void bale_checkpoint_close(Checkpoint *c);
+/* Image and index.  0, -ENOMEM, -EIO. */
+int bale_checkpoint_load(Checkpoint *c);
+/* What the checkpoint and the one before it, @previous, consist of is live. */
+void bale_checkpoint_note(Checkpoint *c, const BaleCheckpointRef *previous);
 /* Forget what a checkpoint that turned out damaged has loaded. */
 void bale_recover_reset(BaleStore *s);
 /*
@@ -106,5 +170,9 @@ void bale_recover_reset(BaleStore *s);
  */
 int bale_recover_record(BaleStore *s, uint64_t address, uint64_t version,
                         uint32_t len, BaleRecord *r, uint8_t **out);
+
+/* recover-tail.c */
+RecoverResult bale_recover_tail(BaleStore *s, const BaleCheckpointRef *ref,
+                                GError **errp);
 
 #endif

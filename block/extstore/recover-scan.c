@@ -34,8 +34,7 @@
 
 /* --- reading --- */
 
-/* Read [@offset, @offset + @len) of @page, widened to blocks, to @scan->buf. */
-static const uint8_t *scan_read(Scan *scan, uint64_t page, uint64_t offset,
+const uint8_t *bale_scan_read(Scan *scan, uint64_t page, uint64_t offset,
                                 uint64_t len)
 {
     uint64_t begin = bale_align_down(offset, BALE_BLOCK_SIZE);
@@ -88,7 +87,7 @@ int bale_scan_record(Scan *scan, uint64_t page, uint64_t offset,
         return -ENOENT;
     }
     avail = MIN(len_max, s->page_size - offset);
-    p = scan_read(scan, page, offset, avail);
+    p = bale_scan_read(scan, page, offset, avail);
     if (!p) {
         return scan->ret;
     }
@@ -100,7 +99,7 @@ int bale_scan_record(Scan *scan, uint64_t page, uint64_t offset,
         if (bale_record_size(r) > s->page_size - offset) {
             return -EIO;
         }
-        p = scan_read(scan, page, offset, bale_record_size(r));
+        p = bale_scan_read(scan, page, offset, bale_record_size(r));
         if (!p) {
             return scan->ret;
         }
@@ -197,7 +196,7 @@ static int scan_segment(Scan *scan, uint64_t page, uint64_t offset,
     out->kind = SEGMENT_GOOD;
     for (uint32_t i = 0; i < segment->barriers; i++) {
         scan_add_barrier(scan, &segment->barrier[i],
-                         r.seq >= scan->s->super.next_seq);
+                         scan->recent || r.seq >= scan->s->super.next_seq);
     }
     ret = bale_scan_record(scan, page, segment->directory_offset,
                            offset + segment->segment_len -
@@ -233,14 +232,15 @@ static uint64_t scan_search(Scan *scan, uint64_t page, uint64_t offset)
     return offset;
 }
 
-/* List the segments of @page, to its end. */
-static void scan_walk(Scan *scan, uint64_t page)
+void bale_scan_walk(Scan *scan, uint64_t page, uint64_t offset)
 {
     ScanPage *sp = &scan->page[page];
-    uint64_t offset = BALE_BLOCK_SIZE;
     BaleSegment segment;
     ScanSegment out;
 
+    if (!sp->segments) {
+        sp->segments = g_array_new(FALSE, FALSE, sizeof(ScanSegment));
+    }
     sp->end = offset;
     while (offset < scan->s->page_size && scan->ret == 0) {
         if (scan_segment(scan, page, offset, &out, &segment) < 0) {
@@ -271,7 +271,7 @@ static void scan_salvage_chain(Scan *scan, uint64_t page, ScanSegment *out)
     offset = bale_align_up(offset, BALE_RECORD_ALIGN);
     out->first_entry = scan->entries->len;
     while (offset < segment.directory_offset && scan->ret == 0) {
-        const uint8_t *p = scan_read(scan, page, offset,
+        const uint8_t *p = bale_scan_read(scan, page, offset,
                                      BALE_RECORD_HEADER_LEN);
         BaleRecord r;
 
@@ -342,15 +342,15 @@ static void scan_walk_again(Scan *scan, uint64_t page, uint64_t version)
                           segment->first_entry + n).dropped = true;
         }
     }
-    if (!sp->segments) {
-        sp->segments = g_array_new(FALSE, FALSE, sizeof(ScanSegment));
+    if (sp->segments) {
+        g_array_set_size(sp->segments, 0);
     }
-    g_array_set_size(sp->segments, 0);
     sp->used = true;
+    sp->kept = false;
     sp->header_damaged = true;
     sp->proven = 0;
     sp->header = (BalePageHeader){ .page = page, .version = version };
-    scan_walk(scan, page);
+    bale_scan_walk(scan, page, BALE_BLOCK_SIZE);
 }
 
 /* Raise the proven ends by all barriers. */
@@ -456,7 +456,9 @@ static void scan_judge(Scan *scan, uint64_t page)
         }
     }
 }
+
 /* --- the scan --- */
+
 /* One part of the page table of the newest checkpoint. */
 static void scan_checkpoint_pages(Scan *scan, const BalePart *part)
 {
@@ -484,31 +486,24 @@ static void scan_checkpoint_pages(Scan *scan, const BalePart *part)
     }
 }
 
-/*
- * The newest checkpoint is out of date, but what it says of pages was flushed:
- * a page that it names is there, or marked as freed, or used anew.  Best
- * effort: if it is damaged, barriers are all that is known.
- */
-static void scan_checkpoint(Scan *scan)
+void bale_scan_checkpoint(Scan *scan)
 {
-    const BaleSuper *super = &scan->s->super;
+    const BaleCheckpointRef *ref = &scan->s->super.checkpoint;
     g_autofree uint8_t *payload = NULL;
     BaleBarrier b;
     BaleRecord r;
     BaleRoot root;
 
-    if (super->checkpoint_address < BALE_SUPER_SIZE ||
-        bale_recover_record(scan->s, super->checkpoint_address,
-                            super->checkpoint_version, super->checkpoint_length,
+    if (ref->address < BALE_SUPER_SIZE ||
+        bale_recover_record(scan->s, ref->address, ref->version, ref->length,
                             &r, &payload) < 0 ||
         r.type != BALE_RECORD_CHECKPOINT_ROOT ||
         bale_root_decode(&root, payload, r.payload_len) < 0) {
         return;
     }
-    b.page = (super->checkpoint_address - BALE_SUPER_SIZE) /
-             scan->s->page_size;
-    b.version = super->checkpoint_version;
-    b.durable_end = MIN((uint64_t)super->checkpoint_end * BALE_BLOCK_SIZE,
+    b.page = (ref->address - BALE_SUPER_SIZE) / scan->s->page_size;
+    b.version = ref->version;
+    b.durable_end = MIN((uint64_t)ref->end * BALE_BLOCK_SIZE,
                         scan->s->page_size);
     scan_add_barrier(scan, &b, true);
     for (uint32_t i = 0; i < root.parts && scan->ret == 0; i++) {
@@ -522,12 +517,11 @@ static void scan_checkpoint(Scan *scan)
     }
 }
 
-/* Read the header of @page and walk it. */
-static void scan_page(Scan *scan, uint64_t page)
+void bale_scan_page(Scan *scan, uint64_t page)
 {
     BaleStore *s = scan->s;
     ScanPage *sp = &scan->page[page];
-    const uint8_t *p = scan_read(scan, page, 0, 2 * BALE_BLOCK_SIZE);
+    const uint8_t *p = bale_scan_read(scan, page, 0, 2 * BALE_BLOCK_SIZE);
     const uint8_t *payload;
     BaleRecord r;
     int ret;
@@ -539,7 +533,6 @@ static void scan_page(Scan *scan, uint64_t page)
         sp->blank = true;
         return;
     }
-    sp->segments = g_array_new(FALSE, FALSE, sizeof(ScanSegment));
     ret = bale_page_header_decode(&sp->header, s->identity, page, p);
     if (ret == 0 && sp->header.freed) {
         sp->freed = sp->header.version;
@@ -562,76 +555,78 @@ static void scan_page(Scan *scan, uint64_t page)
         }
     }
     sp->used = true;
-    scan_walk(scan, page);
+    bale_scan_walk(scan, page, BALE_BLOCK_SIZE);
 }
 
-static bool scan_run(Scan *scan)
+void bale_scan_judge(Scan *scan)
 {
-    for (uint64_t i = 0; i < scan->pages && scan->ret == 0; i++) {
-        scan_page(scan, i);
-    }
-    if (scan->ret == 0) {
-        scan_checkpoint(scan);
-    }
     scan_apply_barriers(scan);
     for (uint64_t i = 0; i < scan->pages && scan->ret == 0; i++) {
         ScanPage *sp = &scan->page[i];
 
         if (sp->used && sp->header_damaged && sp->proven) {
-            bale_recover_report(scan->s, "page %" PRIu64 ": damaged header", i);
+            bale_recover_report(scan->s, "page %" PRIu64 ": damaged header",
+                                i);
         }
-        if (sp->used) {
+        if (sp->used && sp->segments) {
             scan_judge(scan, i);
         }
     }
-    return scan->ret == 0;
 }
-bool bale_recover_scan(BaleStore *s, GError **errp)
-{
-    Scan scan = { .s = s };
-    bool ok = false;
 
+int bale_scan_init(Scan *scan, BaleStore *s)
+{
+    *scan = (Scan){ .s = s };
     if (s->dev_info.size > BALE_SUPER_SIZE) {
-        scan.pages = (s->dev_info.size - BALE_SUPER_SIZE + s->page_size - 1) /
-                     s->page_size;
+        scan->pages = (s->dev_info.size - BALE_SUPER_SIZE + s->page_size - 1) /
+                      s->page_size;
     }
-    scan.page = g_try_new0(ScanPage, MAX(scan.pages, 1));
-    scan.buf_len = 2 * s->buffer_size;
-    scan.buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, scan.buf_len);
-    scan.entries = g_array_new(FALSE, FALSE, sizeof(ScanEntry));
-    scan.barriers = g_array_new(FALSE, FALSE, sizeof(ScanBarrier));
-    if (!scan.page || !scan.buf) {
-        bale_recover_set_error(errp, -ENOMEM, "scanning the store");
-        goto out;
-    }
-    if (!scan_run(&scan)) {
-        bale_recover_set_error(errp, scan.ret, "scanning the store");
-        goto out;
-    }
-    scan.ret = bale_scan_apply(&scan);
-    if (scan.ret < 0) {
-        bale_recover_set_error(errp, scan.ret, "scanning the store");
-        goto out;
-    }
-    if (!s->catalogue_address) {
-        g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_CORRUPT,
-                    "no image record can be read in this store");
-        goto out;
-    }
-    if (scan.lost) {
-        /* Clusters that cannot be named: no read can be trusted to fail. */
-        s->corrupt = true;
-    }
-    ok = true;
-out:
-    for (uint64_t i = 0; scan.page && i < scan.pages; i++) {
-        if (scan.page[i].segments) {
-            g_array_free(scan.page[i].segments, TRUE);
+    scan->page = g_try_new0(ScanPage, MAX(scan->pages, 1));
+    scan->buf_len = 2 * s->buffer_size;
+    scan->buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, scan->buf_len);
+    scan->entries = g_array_new(FALSE, FALSE, sizeof(ScanEntry));
+    scan->barriers = g_array_new(FALSE, FALSE, sizeof(ScanBarrier));
+    return scan->page && scan->buf ? 0 : -ENOMEM;
+}
+
+void bale_scan_destroy(Scan *scan)
+{
+    for (uint64_t i = 0; scan->page && i < scan->pages; i++) {
+        if (scan->page[i].segments) {
+            g_array_free(scan->page[i].segments, TRUE);
         }
     }
-    g_free(scan.page);
-    bale_memory_free(scan.buf);
-    g_array_free(scan.entries, TRUE);
-    g_array_free(scan.barriers, TRUE);
+    g_free(scan->page);
+    bale_memory_free(scan->buf);
+    g_array_free(scan->entries, TRUE);
+    g_array_free(scan->barriers, TRUE);
+}
+
+bool bale_recover_scan(BaleStore *s, GError **errp)
+{
+    Scan scan;
+    bool ok = false;
+    int ret = bale_scan_init(&scan, s);
+
+    for (uint64_t i = 0; ret == 0 && i < scan.pages; i++) {
+        bale_scan_page(&scan, i);
+        ret = scan.ret;
+    }
+    if (ret == 0) {
+        bale_scan_checkpoint(&scan);
+        bale_scan_judge(&scan);
+        ret = scan.ret < 0 ? scan.ret : bale_scan_apply(&scan);
+    }
+    if (ret < 0) {
+        bale_recover_set_error(errp, ret, "scanning the store");
+    } else if (!s->catalogue_address) {
+        g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_CORRUPT,
+                    "no image record can be read in this store");
+    } else {
+        /* Clusters that cannot be named: no read can be trusted to fail. */
+        s->corrupt |= scan.lost;
+        ok = true;
+    }
+    bale_scan_destroy(&scan);
     return ok;
 }

@@ -1,9 +1,14 @@
 /*
- * Recovery: the state of a store from its checkpoint or, without a usable one,
- * from a scan of its pages.
+ * Recovery: the state of a store, by the quickest way that is open.
+ *
+ *   exact   the checkpoint of a clean store is all there is
+ *   tail    a checkpoint, the newest or the one before it, and what was
+ *           appended since
+ *   scan    all pages
  *
  * Nothing is written here.  The same bytes always give the same state, so that
- * a crash after recovery, or inside it, changes nothing.
+ * a crash after recovery, or inside it, changes nothing.  What a way has
+ * reported counts only if that way leads to the end.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -15,17 +20,13 @@
 
 void bale_recover_report(BaleStore *s, const char *fmt, ...)
 {
-    g_autofree char *what = NULL;
     va_list ap;
 
     va_start(ap, fmt);
-    what = g_strdup_vprintf(fmt, ap);
+    g_ptr_array_add(s->recover_reports, g_strdup_vprintf(fmt, ap));
     va_end(ap);
-    s->damaged_records++;
-    if (s->options.damage && !BALE_PLANTED(damage_unreported)) {
-        s->options.damage(s->options.notify_opaque, what);
-    }
 }
+
 void bale_recover_set_error(GError **errp, int ret, const char *what)
 {
     g_set_error(errp, BALE_STORE_ERROR,
@@ -33,12 +34,47 @@ void bale_recover_set_error(GError **errp, int ret, const char *what)
                                : BALE_STORE_ERROR_IO,
                 "%s: %s", what, g_strerror(-ret));
 }
-bool bale_recover(BaleStore *s, GError **errp)
+
+static RecoverResult recover_from(BaleStore *s, const BaleCheckpointRef *ref,
+                                  bool clean, GError **errp)
+{
+    RecoverResult result;
+
+    if (ref->address == 0) {
+        return RECOVER_DAMAGED;
+    }
+    result = clean ? bale_recover_exact(s, errp)
+                   : bale_recover_tail(s, ref, errp);
+    if (result == RECOVER_DAMAGED) {
+        g_ptr_array_set_size(s->recover_reports, 0);
+        bale_recover_report(s, "the checkpoint at address %" PRIu64
+                            " cannot be read", ref->address);
+        s->checkpoint_damaged = true;
+        bale_recover_reset(s);
+    }
+    return result;
+}
+
+static bool recover_state(BaleStore *s, GError **errp)
 {
     bool clean = s->super.state & BALE_STATE_CLEAN;
-    int ret;
+    RecoverResult result;
 
-    /* Also when not clean: between checkpoints a device only grows. */
+    result = recover_from(s, &s->super.checkpoint, clean, errp);
+    s->was_clean = clean && result == RECOVER_OK;
+    if (result == RECOVER_DAMAGED) {
+        result = recover_from(s, &s->super.previous, false, errp);
+        s->previous_loaded = result == RECOVER_OK;
+    }
+    return result == RECOVER_OK ||
+           (result == RECOVER_DAMAGED && bale_recover_scan(s, errp));
+}
+
+bool bale_recover(BaleStore *s, GError **errp)
+{
+    bool ok;
+
+    /* Also when not clean: between clean checkpoints a device only grows. */
     if (s->dev_info.size < s->super.device_end) {
         g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_CORRUPT,
                     "the store was truncated: it ends at %" PRIu64
@@ -46,27 +82,20 @@ bool bale_recover(BaleStore *s, GError **errp)
                     s->dev_info.size, s->super.device_end);
         return false;
     }
-    if (clean) {
-        ret = bale_recover_checkpoint(s);
-        if (ret == -ENOMEM) {
-            bale_recover_set_error(errp, ret, "reading the checkpoint");
-            return false;
-        }
-        if (ret < 0) {
-            bale_recover_report(s,
-                                "the checkpoint cannot be read: %s; the store "
-                                "is scanned",
-                                g_strerror(-ret));
-            s->checkpoint_damaged = true;
-            bale_recover_reset(s);
-            clean = false;
+    s->recover_reports = g_ptr_array_new_with_free_func(g_free);
+    ok = recover_state(s, errp);
+    s->damaged_records = s->recover_reports->len;
+    for (guint i = 0; i < s->recover_reports->len; i++) {
+        if (s->options.damage && !BALE_PLANTED(damage_unreported)) {
+            s->options.damage(s->options.notify_opaque,
+                              g_ptr_array_index(s->recover_reports, i));
         }
     }
-    if (!clean && !bale_recover_scan(s, errp)) {
-        return false;
-    }
-    s->was_clean = clean;
+    g_ptr_array_free(s->recover_reports, TRUE);
+    s->recover_reports = NULL;
     s->next_seq = MAX(s->next_seq, s->super.next_seq);
-    bale_page_free_list_rebuild(s);
-    return true;
+    if (ok) {
+        bale_page_free_list_rebuild(s);
+    }
+    return ok;
 }

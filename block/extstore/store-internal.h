@@ -236,12 +236,16 @@ struct BaleStore {
     bool session;            /* the superblocks say "not clean" */
     bool read_only;
     GArray *checkpoint;      /* BaleCheckpointRecord of the newest one */
+    GArray *previous;        /* and of the one before */
+    bool previous_loaded;    /* recovery used that; the newest is damaged */
+    uint64_t session_generation; /* in page versions; log_lock */
     uint32_t page_count;     /* pages opened in this session; log_lock */
     uint64_t page_order;     /* pages opened in this process; log_lock */
 
     int failed;              /* atomic: 0, or the -errno that poisoned us */
     int corrupt;             /* atomic bool */
     bool checkpoint_damaged; /* when the store was opened */
+    GPtrArray *recover_reports; /* char *, while it is being opened */
 
     pthread_mutex_t log_lock;
     pthread_cond_t log_cond; /* a buffer is free, a page opened, progress */
@@ -269,6 +273,11 @@ struct BaleStore {
     BaleDeviceIo flush_io;
     uint64_t garbage_bytes;  /* since maintenance was last asked to look */
     unsigned background;     /* device I/O that nobody else waits for */
+    unsigned flush_forced;   /* whoever wants a device flush in any case */
+    /* Appends that may not be in the index yet, before and after a mark. */
+    unsigned appending[2];
+    unsigned append_phase;   /* where those that begin now are counted */
+    uint64_t appended;       /* bytes of records, but for metadata */
 
     /* The maintenance thread; under log_lock. */
     pthread_cond_t maintain_cond;
@@ -277,6 +286,13 @@ struct BaleStore {
     bool maintain_release;   /* pages are MARKING or RELEASING */
     bool maintain_look;      /* there may be a page to compact */
     unsigned maintain_pauses;
+    bool checkpoint_due;
+    uint64_t checkpoint_base;  /* appended when the newest began */
+    uint64_t checkpoint_seen;  /* appended when the thread last looked */
+    uint64_t checkpoint_size;  /* bytes of the newest */
+    uint64_t checkpoint_time_us;
+    uint64_t checkpoint_asked, checkpoint_answered; /* by command */
+    int checkpoint_ret;
     unsigned space_waiters;
     bool space_wanted;       /* compact what would otherwise be let be */
     uint64_t space_rounds;
@@ -333,6 +349,8 @@ bool bale_address_split(BaleStore *s, uint64_t address, uint64_t *page,
                         uint64_t *offset);
 /* Make sure that the table describes @pages pages; -ENOMEM. */
 int bale_page_table_grow(BaleStore *s, uint64_t pages);
+/* What a page table says of @page: version 0 if it is free. */
+void bale_page_entry(BaleStore *s, uint64_t page, BalePageEntry *e);
 void bale_page_live_add(BaleStore *s, uint64_t address, uint64_t bytes);
 void bale_page_live_sub(BaleStore *s, uint64_t address, uint64_t bytes);
 /* Begin to free @page if nothing in it is needed any more. */
@@ -345,6 +363,8 @@ void bale_page_revived(BaleStore *s);
 /* Rebuild the stack of free pages from the states of the pages. */
 void bale_page_free_list_rebuild(BaleStore *s);
 uint64_t bale_page_device_pages(BaleStore *s);
+/* Could @bytes of metadata be written without touching the reserve? */
+bool bale_page_has_room(BaleStore *s, uint64_t bytes);
 /* Not under log_lock: make @bucket's active page have room for a segment. */
 int bale_page_prepare(BaleStore *s, BaleBucket bucket, uint32_t need);
 /* Does a page other than @page hold records older than @seq? */
@@ -359,6 +379,10 @@ void bale_maintain_resume(BaleStore *s);
 void bale_maintain_signal(BaleStore *s, bool release, bool look);
 /* Paused, or on the thread itself: release what can be released now. */
 void bale_maintain_settle(BaleStore *s);
+/* Under log_lock: @bytes were appended; a checkpoint may be due. */
+void bale_maintain_appended(BaleStore *s, uint32_t bytes);
+/* On the thread, which is on a long errand: should it stop that? */
+bool bale_maintain_wanted(BaleStore *s);
 /* Wait for one round of making space.  False: there is none to be made. */
 bool bale_maintain_wait_space(BaleStore *s);
 
@@ -382,6 +406,30 @@ int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
                     const void *payload, uint64_t live, uint64_t *address);
 void bale_log_flush(BaleStore *s, BaleDone *done, void *opaque);
 int bale_log_flush_sync(BaleStore *s);
+/* A device flush even if the log has nothing to flush. */
+int bale_log_flush_forced(BaleStore *s);
+
+/*
+ * Appending together with setting the index to what was appended: a section
+ * that begins before a mark is in the old phase as long as it runs.
+ */
+void bale_log_enter(BaleStore *s);
+void bale_log_leave(BaleStore *s);
+/* Under log_lock: are there sections of before the newest mark? */
+bool bale_log_old_phase(BaleStore *s);
+
+typedef struct BaleLogMark {
+    uint64_t next_seq; /* of what is appended after the mark */
+    uint64_t pages;    /* in the table */
+    uint64_t appended; /* bytes */
+} BaleLogMark;
+
+/*
+ * Note where the log ends: what is appended from now on lies behind the ends
+ * in @table, which has room for @pages.  False: no room, or an old phase.
+ */
+bool bale_log_mark(BaleStore *s, BalePageEntry *table, uint64_t pages,
+                   BaleLogMark *mark);
 /* Seal @bucket's open segment, so that the next record begins a new one. */
 void bale_log_seal(BaleStore *s, BaleBucket bucket);
 /* Stop appending to the active page of @bucket. */
@@ -408,6 +456,9 @@ int bale_log_prove_again(BaleStore *s);
 /* checkpoint.c */
 int bale_session_begin(BaleStore *s);
 bool bale_checkpoint_write(BaleStore *s, GError **errp);
+/* The same while the store is in use; on the maintenance thread.  -EAGAIN:
+ * given up because something else wants the thread. */
+int bale_checkpoint_running(BaleStore *s);
 /* Write all superblocks, in two rounds. */
 int bale_supers_write(BaleStore *s);
 

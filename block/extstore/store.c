@@ -154,6 +154,7 @@ static void store_free(BaleStore *s)
     bale_epoch_free(s->epoch);
     bale_log_destroy(s);
     g_array_free(s->checkpoint, TRUE);
+    g_array_free(s->previous, TRUE);
     pthread_rwlock_destroy(&s->session_lock);
     g_free(s);
 }
@@ -189,6 +190,9 @@ static BaleStore *store_new(BaleDevice *dev, const BaleSuper *super,
     s->old_images = g_ptr_array_new_with_free_func(store_free_image);
     s->layers = g_hash_table_new_full(NULL, NULL, NULL, store_free_layer);
     s->checkpoint = g_array_new(FALSE, FALSE, sizeof(BaleCheckpointRecord));
+    s->previous = g_array_new(FALSE, FALSE, sizeof(BaleCheckpointRecord));
+    s->session_generation = super->generation;
+    s->checkpoint_time_us = g_get_monotonic_time();
     pthread_rwlock_init(&s->session_lock, NULL);
     bale_log_init(s);
     return s;

@@ -127,6 +127,8 @@ typedef struct BaleOpenOptions {
                               * bale_store_check() with BALE_CHECK_FIX_ALL makes
                               * other writes possible */
     unsigned workers;        /* compression threads; 0: one for each core */
+    uint64_t checkpoint_bytes; /* appended between two checkpoints of a store
+                              * in use; 0: as many as seems good */
     uint64_t cache_size;     /* bytes of decompressed clusters kept; 0: none;
                               * BALE_CACHE_SIZE_DEFAULT is a good start */
     BaleFailedNotify *failed; /* optional */
@@ -172,6 +174,14 @@ bool bale_store_poisoned(BaleStore *store);
  * as before.  Does nothing to a store that is well.  May block on the device.
  */
 bool bale_store_revive(BaleStore *store, GError **errp);
+
+/*
+ * Flush, and write a checkpoint without ending the session, while requests go
+ * on: an open after a crash begins there.  The store does so by itself now and
+ * then; a flush never needs it.  Nothing happens if the store is closed cleanly
+ * already.
+ */
+bool bale_store_checkpoint_running(BaleStore *store, GError **errp);
 
 /*
  * Change between reading and writing.  To read-only: checkpoints first.  The
@@ -265,7 +275,7 @@ typedef struct BaleStoreStats {
     uint64_t readahead, readahead_bytes; /* requests; their length */
     uint64_t readahead_hits;           /* clusters that were then read */
 
-    uint64_t checkpoints, checkpoint_bytes;
+    uint64_t checkpoints, checkpoint_bytes, checkpoint_ns, checkpoints_failed;
     uint64_t compacted_pages, compacted_records, compacted_bytes;
     uint64_t compact_examined_bytes;
 

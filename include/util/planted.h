@@ -45,6 +45,10 @@ enum {
     BALE_PLANTED_damage_unreported,
     BALE_PLANTED_revive_unwritten,
     BALE_PLANTED_generation_unchecked,
+    BALE_PLANTED_checkpoint_not_flushed,
+    BALE_PLANTED_mark_not_awaited,
+    BALE_PLANTED_tail_too_short,
+    BALE_PLANTED_fallback_freed,
 };
 
 #ifndef BALE_PLANTED_BUG

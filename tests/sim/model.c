@@ -144,6 +144,19 @@ static void model_request(Model *m, GRand *rand)
     }
 }
 
+/* Requests are under way, of which it can promise nothing. */
+static void model_checkpoint(Model *m)
+{
+    uint64_t moment = oracle_moment(m->w->oracle);
+    g_autoptr(GError) err = NULL;
+
+    if (bale_store_checkpoint_running(m->w->store, &err)) {
+        oracle_flushed(m->w->oracle, moment, bale_sim_events(m->w->sim));
+    } else {
+        world_broken(m->w, "checkpoint in use: %s", err->message);
+    }
+}
+
 static bool model_crash_state(BaleSimImage *image, const BaleSimCrash *crash,
                               void *opaque)
 {
@@ -201,6 +214,9 @@ static char *model_run(Case *c, uint64_t *count)
         for (int i = 0; i < ROUND_REQUESTS && !w->error; i++) {
             model_request(&m, rand);
             ++*count;
+            if (i == ROUND_REQUESTS / 2 && kind % 2) {
+                model_checkpoint(&m);
+            }
         }
         model_wait(&m, 0);
         if (!w->error && kind < 4 && !world_step(w, "krsg"[kind])) {

@@ -110,10 +110,10 @@ char *case_parse(Case *c, const char *text);
 char *case_text(const Case *c, const char *detail);
 
 /* The letters of all steps, and of those that are enumerated. */
-#define STEPS_ENUMERATED "wopzdfuksgcbr"
-#define STEPS_SAMPLED "wopzdfuksgcbrwophhhqyf"
+#define STEPS_ENUMERATED "wopzdfuKksgcbr"
+#define STEPS_SAMPLED "wopzdfuksgcbrwophhhqyfKK"
 /* What fills and frees pages. */
-#define STEPS_SPACE "hhhhhccwfkrsd"
+#define STEPS_SPACE "hhhhhccwfkrsdKK"
 const char *step_describe(char step);
 
 typedef struct World {

@@ -407,6 +407,7 @@ const char *step_describe(char step)
     case 'f': return "flush";
     case 'u': return "write two sectors with FUA";
     case 'k': return "checkpoint";
+    case 'K': return "checkpoint in use";
     case 's': return "shrink to two and a half clusters";
     case 'g': return "grow by more than a cluster";
     case 'c': return "clear";
@@ -551,8 +552,9 @@ static bool step_barrier(World *w, char step)
 {
     uint64_t moment = oracle_moment(w->oracle);
     g_autoptr(GError) err = NULL;
-    bool ok = step == 'f' ? bale_store_flush_sync(w->store) == 0
-                          : bale_store_checkpoint(w->store, &err);
+    bool ok = step == 'f'   ? bale_store_flush_sync(w->store) == 0
+              : step == 'k' ? bale_store_checkpoint(w->store, &err)
+                            : bale_store_checkpoint_running(w->store, &err);
 
     if (ok && !w->doubtful) {
         oracle_flushed(w->oracle, moment, bale_sim_events(w->sim));
@@ -609,6 +611,7 @@ bool world_step(World *w, char step)
     switch (step) {
     case 'f':
     case 'k':
+    case 'K':
         ok = step_barrier(w, step);
         break;
     case 's':
