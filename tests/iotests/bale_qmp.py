@@ -46,7 +46,9 @@ class Qemu:
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.settimeout(QMP_TIMEOUT_S)
             self.connect()
-            self.stream = self.socket.makefile('rw', encoding='utf-8')
+            # For reading only: a text stream that is written to forgets what
+            # it has read ahead, and events with it.
+            self.stream = self.socket.makefile('r', encoding='utf-8')
             self.read()
             self.command('qmp_capabilities')
         except (OSError, ValueError, AssertionError) as error:
@@ -84,9 +86,8 @@ class Qemu:
         """The return value; underscores in names of arguments are dashes."""
         arguments = {key.replace('_', '-'): value
                      for key, value in arguments.items()}
-        self.stream.write(json.dumps({'execute': name,
-                                      'arguments': arguments}) + '\n')
-        self.stream.flush()
+        self.socket.sendall(json.dumps({
+            'execute': name, 'arguments': arguments}).encode() + b'\n')
         while True:
             answer = self.read()
             if 'event' in answer:
