@@ -72,8 +72,11 @@
 /* The chardev class that stands in for -blockdev, see bale_module_argv() */
 #define HOOK_CHARDEV "bale-blockdev"
 
-/* Deeper nests of nodes are refused; QEMU's JSON parser stops at 1024. */
+/* Deeper nests of nodes are refused. */
 #define MAX_NESTING 64
+
+/* QEMU's JSON parser stops here, so nothing that it made is deeper. */
+#define MAX_PARSED_NESTING 1024
 
 /* --- our block drivers --- */
 
@@ -114,8 +117,9 @@ static bool mentions_ours(const QObject *object, unsigned depth)
     const QDictEntry *entry;
     const QListEntry *element;
 
-    if (depth > MAX_NESTING) {
-        return false;
+    /* Too deep to know: checking it will refuse it. */
+    if (depth > MAX_PARSED_NESTING) {
+        return true;
     }
     if (dict) {
         if (find_driver(dict)) {
@@ -338,8 +342,13 @@ static void our_blockdev_reopen(QDict *args, QObject **ret, Error **errp)
     ERRP_GUARD();
     const QList *list = qobject_to(QList, qdict_get(args, "options"));
 
-    if (!list || qdict_size(args) != 1 || !mentions_ours(QOBJECT(args), 0)) {
+    if (!mentions_ours(QOBJECT(args), 0)) {
         program_blockdev_reopen(args, ret, errp);
+        return;
+    }
+    if (!list || qdict_size(args) != 1) {
+        error_setg(errp, "blockdev-reopen takes one parameter, 'options', an "
+                         "array of objects");
         return;
     }
     reopen_nodes(list, errp);
@@ -546,6 +555,8 @@ static bool register_commands(void)
     return true;
 }
 
+static void wrap_cbw(void);
+
 /*
  * qemu-system fills its list before it initialises the block layer, so this
  * is late enough there. qemu-storage-daemon does it the other way round, and
@@ -554,6 +565,8 @@ static bool register_commands(void)
 static void monitor_block_init(void)
 {
     register_commands();
+    /* Our drivers come first; what is added now, comes last. */
+    register_module_init(wrap_cbw, MODULE_INIT_BLOCK);
 }
 
 block_init(monitor_block_init);
@@ -615,6 +628,44 @@ static void extend_enums(void)
                 ARRAY_SIZE(format_names));
     job_types_known = extend_enum(&JobType_lookup, job_type_names,
                                   ARRAY_SIZE(job_type_names));
+}
+
+/*
+ * The driver copy-before-write looks at its options, those of its children
+ * among them, through the union over the drivers, which ends in abort() for the
+ * name that we have added.  That must not happen, however the node is opened.
+ */
+static int (*program_cbw_open)(BlockDriverState *bs, QDict *options, int flags,
+                               Error **errp);
+
+static int our_cbw_open(BlockDriverState *bs, QDict *options, int flags,
+                        Error **errp)
+{
+    const QDictEntry *entry;
+
+    for (entry = qdict_first(options); entry;
+         entry = qdict_next(options, entry)) {
+        const QString *value = qobject_to(QString, qdict_entry_value(entry));
+
+        if (value && g_str_has_suffix(qdict_entry_key(entry), ".driver") &&
+            !strcmp(qstring_get_str(value), BALE_FORMAT_NAME)) {
+            error_setg(errp, "copy-before-write takes nodes of the driver '%s' "
+                             "only by node name", BALE_FORMAT_NAME);
+            return -EINVAL;
+        }
+    }
+    return program_cbw_open(bs, options, flags, errp);
+}
+
+/* When all drivers are registered. */
+static void wrap_cbw(void)
+{
+    BlockDriver *drv = bdrv_find_format("copy-before-write");
+
+    if (drv && drv->bdrv_open && drv->bdrv_open != our_cbw_open) {
+        program_cbw_open = drv->bdrv_open;
+        drv->bdrv_open = our_cbw_open;
+    }
 }
 
 /* --- command line --- */
