@@ -503,6 +503,8 @@ static void log_flushed(BaleDeviceIo *io, int ret)
         s->flush_waiters_tail = &s->flush_waiters;
     }
     again = flush_due(s);
+    /* Whoever revives the store waits for this, too. */
+    pthread_cond_broadcast(&s->log_cond);
     pthread_mutex_unlock(&s->log_lock);
 
     if (again) {
