@@ -796,10 +796,20 @@ void bale_log_seal(BaleStore *s, BaleBucket bucket)
 
 void bale_log_seal_page(BaleStore *s, BaleBucket bucket)
 {
-    bale_log_seal(s, bucket);
+    BaleWriteBuffer *submit = NULL;
+
+    /*
+     * In one step, or a writer opens the next buffer in between; and not
+     * while somebody asks the device for more of this page.
+     */
     pthread_mutex_lock(&s->log_lock);
+    while (s->preparing[bucket]) {
+        pthread_cond_wait(&s->log_cond, &s->log_lock);
+    }
+    buffer_seal(s, bucket, &submit);
     page_seal(s, bucket);
     pthread_mutex_unlock(&s->log_lock);
+    log_submit(s, submit);
 }
 
 /* --- what a checkpoint of a store in use needs --- */
