@@ -20,7 +20,11 @@
  * if the program's enumeration could be extended (monitor.c).
  */
 typedef enum BaleJobType {
+#ifdef BALE_BUILT_IN
+    BALE_JOB_TYPE_COMPACT = JOB_TYPE_BALE_COMPACT,
+#else
     BALE_JOB_TYPE_COMPACT = JOB_TYPE__MAX,
+#endif
     BALE_JOB_TYPE_VERIFY,
 } BaleJobType;
 

@@ -1,7 +1,7 @@
 /*
  * What only a QEMU that Bale was built into can tell: members of unions that
- * are closed in a stock QEMU.  bale.c refers to these two functions when
- * BALE_BUILT_IN is defined.
+ * are closed in a stock QEMU.  bale.c refers to them when BALE_BUILT_IN is
+ * defined.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -9,8 +9,14 @@
 #include "block/block_int.h"
 #include "qapi/qapi-types-block-core.h"
 
+#include "bale-control-internal.h"
 #include "bale-driver-internal.h"
 #include "bale-internal.h"
+
+bool bale_job_types_known(void)
+{
+    return true;
+}
 
 ImageInfoSpecific *bale_get_specific_info(BlockDriverState *bs, Error **errp)
 {
