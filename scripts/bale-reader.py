@@ -9,7 +9,8 @@ made to be right rather than fast.
 
     bale-reader.py info STORE
     bale-reader.py list STORE
-    bale-reader.py extract [--checkpoint] [--compare] STORE OUT.raw
+    bale-reader.py extract [--checkpoint] [--compare] [--image NAME[@SNAPSHOT]]
+                           STORE OUT.raw
     bale-reader.py check STORE
 
 Exit status: 0 fine; 1 the store cannot be read, or the arguments are wrong;
@@ -66,10 +67,11 @@ HEADER_MAX = 256
 INCOMPAT_CORRUPT = 1
 STATE_CLEAN = 1
 
-DATA, ZERO, IMAGE, SEGMENT, DIRECTORY, PART, ROOT, DROP = range(1, 9)
+DATA, ZERO, IMAGE, SEGMENT, DIRECTORY, PART, ROOT, DROP, CATALOGUE = range(
+    1, 10)
 TYPE_NAMES = {DATA: 'data', ZERO: 'zero', IMAGE: 'image', SEGMENT: 'segment',
               DIRECTORY: 'directory', PART: 'part', ROOT: 'root',
-              DROP: 'drop'}
+              DROP: 'drop', CATALOGUE: 'catalogue'}
 SKIPPABLE = 128                 # types from here on may be skipped
 NONE, DEFLATE, ZSTANDARD = range(3)
 CODEC_NAMES = {NONE: 'none', DEFLATE: 'deflate', ZSTANDARD: 'zstd'}
@@ -82,6 +84,8 @@ PAYLOAD_MAX = 4 * MiB
 BARRIERS_MAX = 64
 SEGMENT_PAYLOAD_MAX = 24 + BARRIERS_MAX * 24
 IMAGE_PAYLOAD_MAX = 32 + 255 + 4095 + 63
+CATALOGUE_PAYLOAD_MAX = 1 * MiB
+DEPTH_MAX = 256                 # layers under each other
 PARTS_MAX = 100000
 CHUNK = 16384                   # index values in a chunk
 # Limits of the size classes, in 1/256 of a cluster
@@ -99,6 +103,16 @@ ENTRY = struct.Struct('<QQIIIIBBHH2x')
 assert ENTRY.size == 40
 IMAGE_HEAD = struct.Struct('<IIQBbHHH8x')
 assert IMAGE_HEAD.size == 32
+CATALOGUE_HEAD = struct.Struct('<IIIIIII4x')
+assert CATALOGUE_HEAD.size == 32
+LAYER_ENTRY = struct.Struct('<III4xQQ')
+assert LAYER_ENTRY.size == 32
+ALIAS_ENTRY = struct.Struct('<IIQ')
+assert ALIAS_ENTRY.size == 16
+SNAPSHOT_ENTRY = struct.Struct('<IIIH2xQI4xQ')
+assert SNAPSHOT_ENTRY.size == 40
+IMAGE_ENTRY = struct.Struct('<IIIBbHHH4xQ')
+assert IMAGE_ENTRY.size == 32
 ROOT_HEAD = struct.Struct('<QQI12x')
 assert ROOT_HEAD.size == 32
 PART_ENTRY = struct.Struct('<IIQQQQ')
@@ -249,33 +263,186 @@ class Record:
         return text
 
 
+class Fields:
+    """Takes a payload apart."""
+
+    def __init__(self, payload):
+        self.payload = payload
+        self.at = 0
+
+    def take(self, layout):
+        if len(self.payload) - self.at < layout.size:
+            raise Damage('image record: too short')
+        self.at += layout.size
+        return layout.unpack_from(self.payload, self.at - layout.size)
+
+    def text(self, length, limit):
+        raw = self.payload[self.at:self.at + length]
+        self.at += length
+        if length > limit or len(raw) < length or b'\0' in raw:
+            raise Damage('image record: a name does not fit')
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            raise Damage('image record: not UTF-8')
+
+    def done(self):
+        if self.at != len(self.payload):
+            raise Damage('image record: longer than it says')
+
+
+class Layer:
+    def __init__(self, *fields):
+        (self.id, self.parent, self.generation, self.size,
+         self.parent_clusters) = fields
+
+
+class Snapshot:
+    pass
+
+
 class Image:
-    def __init__(self, payload, record):
-        if len(payload) < IMAGE_HEAD.size:
-            raise Damage('image record too short')
-        (self.id, self.layer, self.size, self.codec, self.level, name_len,
-         file_len, format_len) = IMAGE_HEAD.unpack_from(payload)
-        if name_len > 255 or file_len > 4095 or format_len > 63:
-            raise Damage('image record: a name is too long')
-        if len(payload) < 32 + name_len + file_len + format_len:
-            raise Damage('image record: names do not fit')
-        if self.layer != record.layer or self.id == 0:
+    pass
+
+
+def valid_name(name):
+    return (name != '' and '@' not in name
+            and not any(ord(c) < 0x20 or ord(c) == 0x7f for c in name))
+
+
+class Catalogue:
+    """What an image or a catalogue record says."""
+
+    def __init__(self, payload, record, cluster_size):
+        self.layers = {}        # id -> Layer
+        self.aliases = {}       # id -> (layer, clusters)
+        self.snapshots = {}     # id -> Snapshot
+        self.images = {}        # id -> Image
+        self.cluster_size = cluster_size
+        fields = Fields(payload)
+        if record.type == IMAGE:
+            self.read_image_record(fields)
+        else:
+            self.read_catalogue(fields)
+        fields.done()
+        for image in self.images.values():
+            if image.codec not in CODEC_NAMES:
+                raise Damage('image record: unknown codec')
+            image.size = self.layers[image.layer].size
+        for layer in self.layers.values():
+            if (layer.size > IMAGE_SIZE_MAX
+                    or self.clusters(layer.size) > IMAGE_CLUSTERS_MAX):
+                raise Damage('image record: size out of range')
+
+    def clusters(self, size):
+        return -(-size // self.cluster_size)
+
+    def read_image_record(self, fields):
+        image = Image()
+        (image.id, image.layer, size, image.codec, image.level, name_len,
+         file_len, format_len) = fields.take(IMAGE_HEAD)
+        image.name = fields.text(name_len, 255)
+        image.backing_file = fields.text(file_len, 4095)
+        image.backing_format = fields.text(format_len, 63)
+        image.read_only = False
+        if (image.id, image.layer, image.name) != (1, 1, ''):
             raise Damage('image record: layer or id out of range')
-        if self.size > IMAGE_SIZE_MAX or self.codec not in CODEC_NAMES:
-            raise Damage('image record: size or codec out of range')
-        at = 32
-        texts = []
-        for length in (name_len, file_len, format_len):
-            raw = payload[at:at + length]
-            at += length
-            if b'\0' in raw:
-                raise Damage('image record: NUL in a name')
-            try:
-                texts.append(raw.decode())
-            except UnicodeDecodeError:
-                raise Damage('image record: not UTF-8')
-        self.name, self.backing_file, self.backing_format = texts
-        self.sequence = record.sequence
+        self.images[1] = image
+        self.layers[1] = Layer(1, 0, 1, size, 0)
+
+    def read_catalogue(self, fields):
+        (layers, aliases, snapshots, images, next_layer, next_image,
+         next_snapshot) = fields.take(CATALOGUE_HEAD)
+        for _ in range(layers):
+            self.add(self.layers, Layer(*fields.take(LAYER_ENTRY)),
+                     next_layer)
+        for layer in self.layers.values():
+            self.check_parent(layer)
+        for _ in range(aliases):
+            number, layer, clusters = fields.take(ALIAS_ENTRY)
+            if (number in self.layers or layer not in self.layers
+                    or number >= layer
+                    or number <= max(self.aliases, default=0)
+                    or clusters > self.clusters(self.layers[layer].size)):
+                raise Damage('catalogue: a bad alias')
+            self.aliases[number] = (layer, clusters)
+        for _ in range(snapshots):
+            s = Snapshot()
+            (s.image, s.id, s.layer, length, s.date, s.date_ns,
+             s.vm_clock) = fields.take(SNAPSHOT_ENTRY)
+            s.name = fields.text(length, 255)
+            self.add(self.snapshots, s, next_snapshot)
+            if not valid_name(s.name) or s.layer not in self.layers:
+                raise Damage('catalogue: a bad snapshot')
+        for _ in range(images):
+            i = Image()
+            (i.id, i.layer, flags, i.codec, i.level, name_len, file_len,
+             format_len, i.date) = fields.take(IMAGE_ENTRY)
+            i.read_only = bool(flags & 1)
+            i.name = fields.text(name_len, 255)
+            i.backing_file = fields.text(file_len, 4095)
+            i.backing_format = fields.text(format_len, 63)
+            self.add(self.images, i, next_image)
+            if (i.layer not in self.layers
+                    or i.name and not valid_name(i.name)):
+                raise Damage('catalogue: a bad image')
+        self.check_names()
+
+    @staticmethod
+    def add(entries, entry, next_id):
+        if not max(entries, default=0) < entry.id < next_id:
+            raise Damage('catalogue: ids do not rise')
+        entries[entry.id] = entry
+
+    def check_parent(self, layer):
+        layer.depth = 1
+        if layer.generation == 0:
+            raise Damage('catalogue: a layer without generation')
+        if not layer.parent:
+            if layer.parent_clusters:
+                raise Damage('catalogue: clusters of no parent')
+            return
+        parent = self.layers.get(layer.parent)
+        if (parent is None or parent.id >= layer.id
+                or parent.generation >= layer.generation):
+            raise Damage('catalogue: a bad parent')
+        layer.depth += parent.depth
+        if layer.depth > DEPTH_MAX:
+            raise Damage('catalogue: too many layers')
+        if layer.parent_clusters > self.clusters(min(parent.size,
+                                                     layer.size)):
+            raise Damage('catalogue: parent clusters out of range')
+
+    def check_names(self):
+        names = [i.name for i in self.images.values()]
+        tags = [(s.image, s.name) for s in self.snapshots.values()]
+        tops = [i.layer for i in self.images.values()]
+        frozen = {s.layer for s in self.snapshots.values()}
+        frozen |= {x.parent for x in self.layers.values()}
+        if (len(set(names)) < len(names) or len(set(tags)) < len(tags)
+                or len(set(tops)) < len(tops) or frozen & set(tops)
+                or any(s.image not in self.images
+                       for s in self.snapshots.values())):
+            raise Damage('catalogue: names or layers used twice')
+
+    def resolve(self, number):
+        """The layer whose clusters those of layer @number are, and limit."""
+        if number in self.layers:
+            return number, IMAGE_CLUSTERS_MAX
+        return self.aliases.get(number, (None, 0))
+
+    def find(self, name):
+        """(image, layer) of IMAGE or IMAGE@SNAPSHOT."""
+        name, at, tag = name.partition('@')
+        for image in self.images.values():
+            if image.name != name:
+                continue
+            if not at:
+                return image, self.layers[image.layer]
+            for s in self.snapshots.values():
+                if s.image == image.id and tag in (s.name, str(s.id)):
+                    return image, self.layers[s.layer]
+        raise Unreadable(f'the store holds no image "{name}{at}{tag}"')
 
 
 class Segment:
@@ -357,9 +524,13 @@ class State:
     """What a scan or a checkpoint says about the store."""
 
     def __init__(self):
-        self.images = {}        # id -> Image
+        self.catalogue = None
         self.layers = {}        # layer -> Ranges of Records
         self.next_sequence = 0
+
+    @property
+    def images(self):
+        return self.catalogue.images if self.catalogue else {}
 
     def layer(self, number):
         if number not in self.layers:
@@ -432,7 +603,8 @@ class Store:
         if kind == DATA:
             return self.sb.cluster_size
         return {SEGMENT: SEGMENT_PAYLOAD_MAX,
-                IMAGE: IMAGE_PAYLOAD_MAX}.get(kind, PAYLOAD_MAX)
+                IMAGE: IMAGE_PAYLOAD_MAX,
+                CATALOGUE: CATALOGUE_PAYLOAD_MAX}.get(kind, PAYLOAD_MAX)
 
     def read_header(self, page, version, offset):
         """The Record at @offset of @page; Damage if it does not verify."""
@@ -815,7 +987,8 @@ class Store:
                                  'named')
                     self.corrupt = True
                 applied += [r for r in segment.records
-                            if r.type in (DATA, ZERO, DROP, IMAGE)]
+                            if r.type in (DATA, ZERO, DROP, IMAGE,
+                                          CATALOGUE)]
                 for r in segment.records:
                     state.next_sequence = max(state.next_sequence,
                                               r.sequence + 1)
@@ -832,34 +1005,53 @@ class Store:
                              'device')
                 self.corrupt = True
         applied.sort(key=lambda r: r.sequence)
+        catalogues = {}
         for r in applied:
-            self.apply(state, r)
+            if r.type in (IMAGE, CATALOGUE):
+                catalogue = self.catalogue_of(r)
+                if catalogue:
+                    catalogues[r] = state.catalogue = catalogue
+        for r in applied:
+            if r in catalogues:
+                self.apply_sizes(state, catalogues[r])
+            elif r.type not in (IMAGE, CATALOGUE) and state.catalogue:
+                self.apply(state, r)
         return state
 
+    def catalogue_of(self, r):
+        if r.damage:
+            self.problem(f'{TYPE_NAMES[r.type]} record of layer {r.layer} '
+                         'lost')
+            self.corrupt = True
+            return None
+        try:
+            return Catalogue(self.verify_record(r), r, self.sb.cluster_size)
+        except Damage as error:
+            self.problem(f'page {r.page}, record at {r.offset}: {error}')
+            self.corrupt = True
+            return None
+
+    def apply_sizes(self, state, catalogue):
+        done = set()
+        for number in sorted(catalogue.layers, reverse=True):
+            layer, _ = state.catalogue.resolve(number)
+            if layer is None or layer in done:
+                continue
+            done.add(layer)
+            first = catalogue.clusters(catalogue.layers[number].size)
+            state.layer(layer).assign(first, IMAGE_CLUSTERS_MAX, None)
+
     def apply(self, state, r):
-        if r.type == IMAGE:
-            if r.damage:
-                self.problem(f'image record of layer {r.layer} lost')
-                self.corrupt = True
-                return
-            try:
-                image = Image(self.verify_record(r), r)
-            except Damage as error:
-                self.problem(f'page {r.page}, record at {r.offset}: {error}')
-                self.corrupt = True
-                return
-            if image.size > IMAGE_CLUSTERS_MAX * self.sb.cluster_size:
-                raise Unreadable('image of too many clusters')
-            state.images[image.id] = image
-            first = -(-image.size // self.sb.cluster_size)
-            state.layer(r.layer).assign(first, IMAGE_CLUSTERS_MAX, None)
-            return
+        layer, limit = state.catalogue.resolve(r.layer)
+        if layer is None:
+            return              # the layer was deleted
         last = r.cluster + r.count
         if r.type == DROP and r.count == 0:
-            last = IMAGE_CLUSTERS_MAX
-        last = min(last, IMAGE_CLUSTERS_MAX)
+            last = limit
+        last = min(last, limit)
         value = None if r.type == DROP and not r.damage else r
-        state.layer(r.layer).assign(r.cluster, last, value)
+        if r.cluster < last:
+            state.layer(layer).assign(r.cluster, last, value)
 
     # --- checkpoint ---
 
@@ -896,7 +1088,8 @@ class Store:
         # The part of an image need not say its length.
         if length != r.payload_length and (kind, length) != (PART_IMAGE, 0):
             raise Damage('part: wrong payload length')
-        if r.type != (IMAGE if kind == PART_IMAGE else PART):
+        if r.type not in ((IMAGE, CATALOGUE) if kind == PART_IMAGE
+                          else (PART,)):
             raise Damage('part: wrong record type')
         return r, payload
 
@@ -941,15 +1134,20 @@ class Store:
             kind, length, address, version, a, b = part
             if kind == PART_IMAGE:
                 r, payload = self.read_part(part)
-                image = Image(payload, r)
-                if image.id != a:
-                    raise Damage('image part: wrong id')
-                state.images[image.id] = image
-            elif kind == PART_INDEX:
+                if state.catalogue:
+                    raise Damage('two image parts')
+                state.catalogue = Catalogue(payload, r, self.sb.cluster_size)
+            elif kind not in (PART_PAGES, PART_INDEX):
+                raise Damage(f'unknown part kind {kind}')
+        if not state.catalogue:
+            raise Damage('no image part')
+        for part in root['parts']:
+            kind, length, address, version, a, b = part
+            if kind == PART_INDEX:
+                if a not in state.catalogue.layers:
+                    raise Damage('index chunk of no layer')
                 r, payload = self.read_part(part)
                 self.load_chunk(state, versions, payload, a, b)
-            elif kind != PART_PAGES:
-                raise Damage(f'unknown part kind {kind}')
         return state
 
     def load_chunk(self, state, versions, payload, layer, first):
@@ -978,7 +1176,9 @@ class Store:
             else:
                 r.sequence = header.sequence
                 r.payload_length = header.payload_length
-                if not (header.type == r.type and header.layer == layer
+                r.layer = header.layer
+                if not (header.type == r.type
+                        and state.catalogue.resolve(r.layer)[0] == layer
                         and header.cluster <= first + i
                         < header.cluster + header.count):
                     r.damage = 'another record than the index says'
@@ -1007,8 +1207,8 @@ def summary(state, cluster_size):
     images = {i.id: (i.layer, i.size, i.codec, i.level, i.name,
                      i.backing_file, i.backing_format)
               for i in state.images.values()}
-    tops = {i.layer: -(-i.size // cluster_size)
-            for i in state.images.values()}
+    tops = {i.id: -(-i.size // cluster_size)
+            for i in state.catalogue.layers.values()}
     clusters = {}
     for layer, ranges in state.layers.items():
         runs = []
@@ -1045,11 +1245,32 @@ def differences(a, b, cluster_size):
     return lines
 
 
-def extract(store, state, out_path):
-    """Write the unnamed image sparsely; the number of damaged clusters."""
-    image = state.images.get(1)
-    if image is None:
-        raise Unreadable('the store holds no unnamed image')
+def shown(state, layer):
+    """(start, end, Record) of what @layer shows, of its own and its parents'."""
+    pieces = [(0, state.catalogue.clusters(layer.size))]
+    while layer is not None and pieces:
+        rest = []
+        for first, last in pieces:
+            for start, end, r in state.layer(layer.id):
+                start, end = max(start, first), min(end, last)
+                if start >= end:
+                    continue
+                yield start, end, r
+                if first < start:
+                    rest.append((first, start))
+                first = end
+            if first < last:
+                rest.append((first, last))
+        pieces = [(first, min(last, layer.parent_clusters))
+                  for first, last in rest if first < layer.parent_clusters]
+        layer = state.catalogue.layers.get(layer.parent)
+
+
+def extract(store, state, name, out_path):
+    """Write an image or snapshot sparsely; the number of damaged clusters."""
+    if state.catalogue is None:
+        raise Unreadable('the store holds no image')
+    image, layer = state.catalogue.find(name)
     if image.backing_file:
         store.notes.append(f'backing file "{image.backing_file}" ignored: '
                            'unallocated clusters read as zeroes')
@@ -1058,13 +1279,11 @@ def extract(store, state, out_path):
     fd = os.open(out_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC,
                  0o600)
     with os.fdopen(fd, 'r+b', buffering=0) as out:
-        out.truncate(image.size)
-        for start, end, r in state.layer(image.layer):
-            if start * size >= image.size:
-                break
+        out.truncate(layer.size)
+        for start, end, r in shown(state, layer):
             if r.type == ZERO and not r.damage:
                 continue
-            for cluster in range(start, min(end, -(-image.size // size))):
+            for cluster in range(start, end):
                 try:
                     if r.damage:
                         raise Damage(r.damage)
@@ -1073,7 +1292,7 @@ def extract(store, state, out_path):
                     damaged += 1
                     store.problem(f'cluster {cluster} is lost: {error}')
                     continue
-                data = data[:image.size - cluster * size]
+                data = data[:layer.size - cluster * size]
                 if not is_zero(data):
                     os.pwrite(out.fileno(), data, cluster * size)
     return damaged
@@ -1093,7 +1312,9 @@ def command_info(store, args):
             'id': image.id, 'name': image.name, 'size': image.size,
             'layer': image.layer, 'codec': CODEC_NAMES[image.codec],
             'level': image.level, 'backing-file': image.backing_file,
-            'backing-format': image.backing_format, 'clusters': allocated})
+            'backing-format': image.backing_format, 'clusters': allocated,
+            'snapshots': [s.name for s in state.catalogue.snapshots.values()
+                          if s.image == image.id]})
     u = sb.uuid.hex()
     info = {
         'uuid': '-'.join((u[:8], u[8:12], u[12:16], u[16:20], u[20:])),
@@ -1151,7 +1372,7 @@ def command_extract(store, args):
         state = store.checkpoint()
     else:
         state = store.scan()
-    lost = extract(store, state, args.out)
+    lost = extract(store, state, args.image, args.out)
     if args.compare:
         other = store.scan() if args.checkpoint else store.checkpoint()
         for line in differences(state, other, store.sb.cluster_size):
@@ -1237,6 +1458,8 @@ def main():
             sub.add_argument('--json', action='store_true')
         if name == 'extract':
             sub.add_argument('out')
+            sub.add_argument('--image', default='', metavar='NAME[@SNAPSHOT]',
+                             help='instead of the unnamed image')
             sub.add_argument('--checkpoint', action='store_true',
                              help='use the checkpoint, not a full scan')
             sub.add_argument('--compare', action='store_true',
