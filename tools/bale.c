@@ -16,6 +16,7 @@ static const BaleCommand *const commands[] = {
     &bale_command_create,
     &bale_command_info,
     &bale_command_list,
+    &bale_command_image,
     &bale_command_check,
     &bale_command_verify,
     &bale_command_compact,

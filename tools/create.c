@@ -47,6 +47,8 @@ const BaleCommand bale_command_create = {
             "  cluster_size=SIZE                    4K to 2M, default 64K\n"
             "  page_size=SIZE                       multiple of 2M, default "
             "64M\n"
-            "  backing_file=NAME, backing_fmt=FORMAT",
+            "  backing_file=NAME, backing_fmt=FORMAT\n"
+            "  image=NAME                           default: the unnamed "
+            "image",
     .run = create,
 };

@@ -357,8 +357,8 @@ static int export_image(Export *e, BaleStore *store, bool ignore_backing)
 
 static int run_export(const BaleCommand *command, int argc, char **argv)
 {
-    g_autoptr(GError) error = NULL;
     g_autofree Export *e = g_new0(Export, 1);
+    g_autofree char *name = NULL;
     g_auto(BaleToolDevice) device = { 0 };
     gboolean progress = FALSE;
     gboolean salvage = FALSE;
@@ -375,6 +375,7 @@ static int run_export(const BaleCommand *command, int argc, char **argv)
           "Write zeroes where a backing file would show", NULL },
         { "workers", 0, 0, G_OPTION_ARG_INT, &workers,
           "Threads that decompress; 0: one for each core", "N" },
+        BALE_TOOL_IMAGE_ENTRY(name),
         BALE_TOOL_SHARE_ENTRY(device),
         BALE_TOOL_DEVICE_ENTRIES(device),
         { NULL },
@@ -400,12 +401,12 @@ static int run_export(const BaleCommand *command, int argc, char **argv)
     if (!store) {
         return BALE_EXIT_ERROR;
     }
-    e->image = bale_image_open(store, NULL, &error);
+    e->image = bale_tool_image_open("export", argv[1], store, name);
     if (e->image) {
         status = export_image(e, store, ignore_backing);
         bale_image_close(e->image);
     } else {
-        status = bale_tool_file_error("export", argv[1], error->message);
+        status = BALE_EXIT_ERROR;
     }
     return bale_tool_store_close("export", argv[1], store, status);
 }

@@ -278,9 +278,9 @@ static int import_into(Import *m, const BaleToolDevice *device,
     if (!store) {
         return BALE_EXIT_ERROR;
     }
-    m->image = bale_image_open(store, NULL, &error);
+    m->image = bale_tool_image_open("import", store_path, store, NULL);
     if (!m->image) {
-        status = bale_tool_file_error("import", store_path, error->message);
+        status = BALE_EXIT_ERROR;
         return bale_tool_store_close("import", store_path, store, status);
     }
     info = g_new0(BaleImageInfo, 1);

@@ -434,8 +434,8 @@ static void gather(Info *info, BaleStore *store, BaleImage *image)
 
 static int info(const BaleCommand *command, int argc, char **argv)
 {
-    g_autoptr(GError) error = NULL;
     g_autofree Info *i = g_new0(Info, 1);
+    g_autofree char *name = NULL;
     g_auto(BaleToolDevice) device = { 0 };
     gboolean stats = FALSE;
     gboolean json = FALSE;
@@ -446,6 +446,7 @@ static int info(const BaleCommand *command, int argc, char **argv)
         { "stats", 0, 0, G_OPTION_ARG_NONE, &stats, "Print statistics too",
           NULL },
         { "json", 0, 0, G_OPTION_ARG_NONE, &json, "Print JSON", NULL },
+        BALE_TOOL_IMAGE_ENTRY(name),
         BALE_TOOL_SHARE_ENTRY(device),
         BALE_TOOL_DEVICE_ENTRIES(device),
         { NULL },
@@ -461,13 +462,13 @@ static int info(const BaleCommand *command, int argc, char **argv)
     if (!store) {
         return BALE_EXIT_ERROR;
     }
-    image = bale_image_open(store, NULL, &error);
+    image = bale_tool_image_open("info", i->path, store, name);
     if (image) {
         gather(i, store, image);
         (json ? print_json : print_text)(i);
         bale_image_close(image);
     } else {
-        status = bale_tool_file_error("info", i->path, error->message);
+        status = BALE_EXIT_ERROR;
     }
     return bale_tool_store_close("info", i->path, store, status);
 }

@@ -72,6 +72,13 @@ BaleStore *bale_tool_store_open(const char *command, const BaleToolDevice *d,
                                 unsigned workers);
 
 /*
+ * Open image @name, IMAGE[@SNAPSHOT]; NULL: the only one there is, or the
+ * unnamed one.  NULL: the error has been printed.
+ */
+BaleImage *bale_tool_image_open(const char *command, const char *path,
+                                BaleStore *store, const char *name);
+
+/*
  * Close @store.  Returns @status, or 1 when closing fails, which is said.
  */
 int bale_tool_store_close(const char *command, const char *name,
@@ -80,6 +87,11 @@ int bale_tool_store_close(const char *command, const char *name,
 /* Print that @command failed for file @name.  Returns 1. */
 int bale_tool_file_error(const char *command, const char *name,
                          const char *message);
+
+#define BALE_TOOL_IMAGE_ENTRY(name)                                           \
+    { "image", 'i', 0, G_OPTION_ARG_STRING, &(name),                          \
+      "The image or snapshot; not needed if there is one image only",         \
+      "IMAGE[@SNAPSHOT]" }
 
 /* --- arguments --- */
 
@@ -94,7 +106,7 @@ bool bale_tool_parse_size(const char *text, uint64_t *bytes, GError **errp);
 
 /*
  * Parse the -o options of create and import into @o: compression_type,
- * compression_level, cluster_size, page_size and, if @backing, backing_file,
+ * compression_level, cluster_size, page_size, image and, if @backing, backing_file,
  * backing_fmt.  A comma inside a value is doubled.  Strings are kept in @keep,
  * which owns them.  Fields that are not named are left alone.
  */

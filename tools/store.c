@@ -240,6 +240,10 @@ static bool parse_option(const char *name, char *value, bool backing,
         o->page_size = bytes;
         return true;
     }
+    if (!strcmp(name, "image")) {
+        o->image = value;
+        return true;
+    }
     if (backing && !strcmp(name, "backing_file")) {
         o->backing_file = value;
         return true;
@@ -496,4 +500,21 @@ bool bale_tool_create(const char *command, const BaleToolDevice *d,
         return false;
     }
     return true;
+}
+
+BaleImage *bale_tool_image_open(const char *command, const char *path,
+                                BaleStore *store, const char *name)
+{
+    g_autoptr(GArray) images = bale_image_list(store);
+    g_autoptr(GError) error = NULL;
+    BaleImage *image;
+
+    if (!name && images->len == 1) {
+        name = g_array_index(images, BaleImageListEntry, 0).name;
+    }
+    image = bale_image_open(store, name, &error);
+    if (!image) {
+        bale_tool_file_error(command, path, error->message);
+    }
+    return image;
 }

@@ -46,6 +46,7 @@ extern const BaleCommand bale_command_run;
 extern const BaleCommand bale_command_create;
 extern const BaleCommand bale_command_info;
 extern const BaleCommand bale_command_list;
+extern const BaleCommand bale_command_image;
 extern const BaleCommand bale_command_check;
 extern const BaleCommand bale_command_verify;
 extern const BaleCommand bale_command_compact;
