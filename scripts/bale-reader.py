@@ -1246,7 +1246,7 @@ def differences(a, b, cluster_size):
 
 
 def shown(state, layer):
-    """(start, end, Record) of what @layer shows, of its own and its parents'."""
+    """(start, end, Record) of what @layer and those under it show."""
     pieces = [(0, state.catalogue.clusters(layer.size))]
     while layer is not None and pieces:
         rest = []

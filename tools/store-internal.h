@@ -88,9 +88,9 @@ int bale_tool_store_close(const char *command, const char *name,
 int bale_tool_file_error(const char *command, const char *name,
                          const char *message);
 
-#define BALE_TOOL_IMAGE_ENTRY(name)                                           \
-    { "image", 'i', 0, G_OPTION_ARG_STRING, &(name),                          \
-      "The image or snapshot; not needed if there is one image only",         \
+#define BALE_TOOL_IMAGE_ENTRY(name)                                          \
+    { "image", 'i', 0, G_OPTION_ARG_STRING, &(name),                         \
+      "The image or snapshot; not needed if there is only one",              \
       "IMAGE[@SNAPSHOT]" }
 
 /* --- arguments --- */
@@ -106,8 +106,8 @@ bool bale_tool_parse_size(const char *text, uint64_t *bytes, GError **errp);
 
 /*
  * Parse the -o options of create and import into @o: compression_type,
- * compression_level, cluster_size, page_size, image and, if @backing, backing_file,
- * backing_fmt.  A comma inside a value is doubled.  Strings are kept in @keep,
+ * compression_level, cluster_size, page_size, image and, if @backing,
+ * backing_file, backing_fmt.  A comma inside a value is doubled.  Strings are kept in @keep,
  * which owns them.  Fields that are not named are left alone.
  */
 bool bale_tool_parse_options(char *const *options, bool backing,
