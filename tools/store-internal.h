@@ -107,8 +107,8 @@ bool bale_tool_parse_size(const char *text, uint64_t *bytes, GError **errp);
 /*
  * Parse the -o options of create and import into @o: compression_type,
  * compression_level, cluster_size, page_size, image and, if @backing,
- * backing_file, backing_fmt.  A comma inside a value is doubled.  Strings are kept in @keep,
- * which owns them.  Fields that are not named are left alone.
+ * backing_file, backing_fmt.  A comma inside a value is doubled.  Strings are
+ * kept in @keep, which owns them.  Fields that are not named are left alone.
  */
 bool bale_tool_parse_options(char *const *options, bool backing,
                              BaleCreateOptions *o, GPtrArray *keep,
