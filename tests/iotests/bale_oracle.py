@@ -174,6 +174,7 @@ NBD_FUA, NBD_NO_HOLE = 1, 2
 NBD_REQUEST_MAGIC, NBD_REPLY_MAGIC = 0x25609513, 0x67446698
 # Requests that QEMU's server takes at once, less some
 UNDER_WAY_MAX = 12
+READ_SECTORS = 64
 TIMEOUT_S = 120
 CONNECTS_MAX = 500
 
@@ -286,6 +287,30 @@ class NbdClient:
     def read(self, sector, count):
         return self.wait(self.submit(NBD_READ, sector * SECTOR,
                                      count * SECTOR))
+
+    def check_reads(self):
+        """Everything that can be read is right. Returns the number of
+        sectors that cannot. Nothing is under way."""
+        expected = self.oracle.expected()
+        unknown = {s for r in self.oracle.requests if r.failed
+                   for s in range(r.sector, r.sector + r.count)}
+        errors = 0
+        for at in range(0, self.oracle.sectors, READ_SECTORS):
+            error, data = self.read(at, READ_SECTORS)
+            if error:
+                errors += READ_SECTORS
+                continue
+            for sector in range(at, at + READ_SECTORS):
+                number = expected[sector]
+                want = sector_content(number, sector) if number \
+                    else bytes(SECTOR)
+                begin = (sector - at) * SECTOR
+                if sector not in unknown and \
+                        data[begin:begin + SECTOR] != want:
+                    raise AssertionError(f'sector {sector} reads wrong: '
+                                         f'{data[begin:begin + 16].hex()} and '
+                                         f'not {number}')
+        return errors
 
     def random_request(self, rng):
         """Writes mostly; sizes and places as a guest's."""
