@@ -13,6 +13,7 @@
 #include "qemu/osdep.h"
 #include "block/block_int.h"
 #include "qapi/error.h"
+#include "qemu/cutils.h"
 #include "qemu/option.h"
 #include "qemu/units.h"
 #include "sysemu/block-backend.h"
@@ -163,6 +164,36 @@ static void engine_create_blocking(void *opaque)
     bale_device_close(c->device);
 }
 
+/* The path that @filename names, or NULL when it is no file of this host. */
+static const char *local_path(const char *filename)
+{
+    BlockDriver *drv = bdrv_find_protocol(filename, true, NULL);
+
+    if (!drv || strcmp(drv->format_name, "file") != 0) {
+        return NULL;
+    }
+    strstart(filename, "file:", &filename);
+    return filename;
+}
+
+/*
+ * Make the file at @path, if it is a new one, so that only its owner can read
+ * it: QEMU gives new files mode 0644, and keeps the mode of those that exist.
+ * True: it was made.  What goes wrong here goes wrong again in
+ * bdrv_create_file(), which says it.
+ */
+static bool create_private_file(const char *path)
+{
+    int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOCTTY,
+                  0600);
+
+    if (fd < 0) {
+        return false;
+    }
+    close(fd);
+    return true;
+}
+
 int coroutine_fn bale_co_create_opts(BlockDriver *drv, const char *filename,
                                      QemuOpts *opts, Error **errp)
 {
@@ -171,15 +202,21 @@ int coroutine_fn bale_co_create_opts(BlockDriver *drv, const char *filename,
     BlockDriverState *bs = NULL;
     BlockBackend *blk = NULL;
     BaleBdrvDevice *dev = NULL;
-    bool created = false;
+    const char *path;
+    bool created = false, made;
     int ret;
 
     ret = bale_parse_create_opts(opts, &params, errp);
     if (ret < 0) {
         goto out;
     }
+    path = local_path(filename);
+    made = path && create_private_file(path);
     ret = bdrv_create_file(filename, opts, errp);
     if (ret < 0) {
+        if (made) {
+            unlink(path);
+        }
         goto out;
     }
     created = true;
