@@ -83,7 +83,7 @@ class Tests:
                         self.random.getrandbits(31), check=0)
                 with Background(STRESS, 'run', 'mnt/s.bale', 'state', '--seed',
                                 self.random.getrandbits(31), '--phase-ops',
-                                '100', '--errors', '--quiet',
+                                '100', '--errors', '--quiet', '--compact',
                                 *options) as load:
                     wait_until(lambda: 'running' in load.output() or
                                not load.running(), 'the load')

@@ -77,7 +77,7 @@ class EngineTest(KillCase):
                     seed = self.random.getrandbits(31)
                     with Background(STRESS, 'run', path, 'state', '--seed',
                                     seed, '--phase-ops', '100',
-                                    *options) as load:
+                                    '--compact', *options) as load:
                         wait_until(lambda: 'running' in load.output() or
                                    not load.running(), 'the load')
                         time.sleep(self.moment())
