@@ -26,6 +26,9 @@ BaleStore *bale_bs_store(BlockDriverState *bs);
 /* The image of @bs, likewise. */
 BaleImage *bale_bs_image(BlockDriverState *bs);
 
+/* The bale node @node_name; NULL with @errp set if there is none. */
+BlockDriverState *bale_find_node(const char *node_name, Error **errp);
+
 /* What @bs, a bale node, keeps for the monitor. */
 BaleControl *bale_bs_control(BlockDriverState *bs);
 

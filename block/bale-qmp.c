@@ -20,8 +20,7 @@
 #include "bale-internal.h"
 #include "bale-qapi-commands-bale.h"
 
-/* The bale node @node_name; NULL with @errp set if there is none. */
-static BlockDriverState *find_bale(const char *node_name, Error **errp)
+BlockDriverState *bale_find_node(const char *node_name, Error **errp)
 {
     BlockDriverState *bs = bdrv_find_node(node_name);
 
@@ -128,6 +127,8 @@ static BaleNodeStats *get_stats(BaleStore *store)
     COPY(readahead_hits);
     COPY(checkpoints);
     COPY(checkpoint_bytes);
+    COPY(checkpoint_ns);
+    COPY(checkpoints_failed);
     COPY(compacted_pages);
     COPY(compacted_records);
     COPY(compacted_bytes);
@@ -242,7 +243,7 @@ BaleNodeInfoList *qmp_query_bale(bool has_node_name, const char *node_name,
     BlockDriverState *bs = NULL;
 
     if (has_node_name) {
-        bs = find_bale(node_name, errp);
+        bs = bale_find_node(node_name, errp);
         if (!bs) {
             return NULL;
         }
@@ -265,7 +266,7 @@ BaleNodeInfoList *qmp_query_bale(bool has_node_name, const char *node_name,
 
 void coroutine_fn qmp_bale_flush(const char *node_name, Error **errp)
 {
-    BlockDriverState *bs = find_bale(node_name, errp);
+    BlockDriverState *bs = bale_find_node(node_name, errp);
     AioContext *old_ctx;
     int ret;
 
@@ -300,7 +301,7 @@ static void checkpoint_blocking(void *opaque)
 
 void coroutine_fn qmp_bale_checkpoint(const char *node_name, Error **errp)
 {
-    BlockDriverState *bs = find_bale(node_name, errp);
+    BlockDriverState *bs = bale_find_node(node_name, errp);
     CheckpointRun run = { 0 };
     AioContext *old_ctx;
 
@@ -326,7 +327,7 @@ void coroutine_fn qmp_bale_checkpoint(const char *node_name, Error **errp)
 
 void qmp_bale_reset_stats(const char *node_name, Error **errp)
 {
-    BlockDriverState *bs = find_bale(node_name, errp);
+    BlockDriverState *bs = bale_find_node(node_name, errp);
     AioContext *ctx;
 
     if (!bs) {
@@ -342,7 +343,7 @@ void qmp_bale_set(const char *node_name, bool has_space_threshold,
                   uint64_t space_threshold, bool has_speed, uint64_t speed,
                   Error **errp)
 {
-    BlockDriverState *bs = find_bale(node_name, errp);
+    BlockDriverState *bs = bale_find_node(node_name, errp);
     AioContext *ctx;
 
     if (!bs) {
@@ -363,7 +364,7 @@ static void start_job(const char *job_id, const char *node_name,
                       BaleJobKind kind, bool has_speed, uint64_t speed,
                       bool auto_finalize, bool auto_dismiss, Error **errp)
 {
-    BlockDriverState *bs = find_bale(node_name, errp);
+    BlockDriverState *bs = bale_find_node(node_name, errp);
     int flags = (auto_finalize ? 0 : JOB_MANUAL_FINALIZE) |
                 (auto_dismiss ? 0 : JOB_MANUAL_DISMISS);
     AioContext *ctx;

@@ -1,8 +1,8 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The commands that QEMU already has, on bale nodes, with filters in between,
-"""The commands that QEMU already has, on bale nodes, with filters in between, in
-qemu-storage-daemon and qemu-system-x86_64: each works, or refuses cleanly."""
+"""The commands that QEMU already has, on bale nodes, with filters in between:
+each works, or refuses cleanly, in the storage daemon and in qemu-system."""
+
 import os
 
 import bale_iotests

@@ -174,6 +174,116 @@ class QueryTest(Base):
         io('a.bale', 'read -P 8 0 1M')
 
 
+class ImageTest(Base):
+    def listed(self, qemu):
+        return {i['name']: i for i in qemu.command('bale-image-list',
+                                                   node_name='a')}
+
+    def test_life_of_an_image(self):
+        for program in (DAEMON, SYSTEM):
+            if os.path.exists('a.bale'):
+                os.remove('a.bale')
+            create('a.bale', '16M')
+            io('a.bale', 'write -q -P 7 0 1M')
+            with self.subTest(program), Qemu(program) as qemu:
+                self.add(qemu)
+
+                def command(name, image, **arguments):
+                    return qemu.command(f'bale-image-{name}', node_name='a',
+                                        image=image, **arguments)
+                image, = self.listed(qemu).values()
+                self.assertEqual((image['name'], image['size'],
+                                  image['snapshots']), ('', 16 * MIB, []))
+                command('create', 'one', size=8 * MIB,
+                        compression_type='deflate', compression_level=1)
+                self.assertIn('Node', self.fails(
+                    qemu, 'bale-image-create', node_name='a', image='one',
+                    size=8 * MIB))
+                image = self.listed(qemu)['one']
+                self.assertEqual(
+                    (image['size'], image['compression-type'],
+                     image['compression-level'], image['read-only']),
+                    (8 * MIB, 'deflate', 1, False))
+                command('rename', 'one', new_name='two')
+                command('set-read-only', 'two', read_only=True)
+                self.assertTrue(self.listed(qemu)['two']['read-only'])
+                command('set-read-only', 'two', read_only=False)
+                command('snapshot', 'two', snapshot='before')
+                command('rollback', 'two', snapshot='before')
+                command('clone', 'two', snapshot='before', new_name='three')
+                snapshot, = self.listed(qemu)['two']['snapshots']
+                self.assertEqual((snapshot['name'], snapshot['size']),
+                                 ('before', 8 * MIB))
+                command('snapshot-delete', 'two', snapshot='before')
+                for name in ('two', 'three'):
+                    command('delete', name)
+                self.assertEqual(list(self.listed(qemu)), [''])
+            check('a.bale')
+            io('a.bale', 'read -P 7 0 1M')
+
+    def test_the_open_image(self):
+        create('a.bale', '16M')
+        with Qemu(SYSTEM) as qemu:
+            self.add(qemu)
+            self.io(qemu, 'write -P 7 0 1M')
+            qemu.command('bale-image-snapshot', node_name='a', image='',
+                         snapshot='s')
+            self.io(qemu, 'write -P 8 0 1M')
+            qemu.command('bale-image-clone', node_name='a', image='',
+                         snapshot='s', new_name='old')
+            self.assertEqual(set(self.listed(qemu)), {'', 'old'})
+            self.assertIn('is open in node', self.fails(
+                qemu, 'bale-image-rollback', node_name='a', image='',
+                snapshot='s'))
+            self.fails(qemu, 'bale-image-delete', node_name='a', image='')
+            self.io(qemu, 'read -P 8 0 1M')
+            self.assertIsNone(self.verify(qemu))
+            qemu.command('bale-image-snapshot-delete', node_name='a',
+                         image='', snapshot='s')
+            qemu.command('bale-image-delete', node_name='a', image='old')
+            self.io(qemu, 'read -P 8 0 1M')
+        check('a.bale')
+
+    def verify(self, qemu):
+        qemu.command('bale-verify', job_id='j', node_name='a')
+        return self.wait_job(qemu, 'j')
+
+    def test_mistakes_are_refused(self):
+        create('a.bale', '16M')
+        with Qemu(DAEMON) as qemu:
+            self.add(qemu)
+            before = self.listed(qemu)
+            for name, arguments in (
+                    ('create', {'image': 'a@b', 'size': MIB}),
+                    ('create', {'image': 'x' * 256, 'size': MIB}),
+                    ('create', {'image': 'c', 'size': 1 << 63}),
+                    ('create', {'image': 'c', 'size': MIB,
+                                'compression_type': 'best'}),
+                    ('create', {'image': 'c', 'size': MIB,
+                                'compression_level': 1 << 40}),
+                    ('create', {'image': 'c', 'size': MIB,
+                                'backing_file': 'x' * 5000}),
+                    ('delete', {'image': 'none'}),
+                    ('rename', {'image': 'none', 'new_name': 'c'}),
+                    ('clone', {'image': '', 'snapshot': 'none',
+                               'new_name': 'c'}),
+                    ('snapshot', {'image': 'none', 'snapshot': 's'}),
+                    ('snapshot-delete', {'image': '', 'snapshot': 's'}),
+                    ('rollback', {'image': 'none', 'snapshot': 's'}),
+                    ('set-read-only', {'image': 'none',
+                                       'read_only': True})):
+                self.fails(qemu, f'bale-image-{name}', node_name='a',
+                           **arguments)
+            self.assertEqual(self.listed(qemu), before)
+            qemu.command('blockdev-del', node_name='a')
+            self.add(qemu, **{'read-only': True})
+            self.assertEqual(self.listed(qemu), before)
+            self.assertIn('is read-only', self.fails(
+                qemu, 'bale-image-create', node_name='a', image='c',
+                size=MIB))
+        check('a.bale')
+
+
 class JobTest(Base):
     def test_compact(self):
         self.garbage()

@@ -32,7 +32,12 @@ FILES = [*STORES, 'a.raw', 'a.qcow2', 'none', 'dir', '']
 OUR_COMMANDS = ['query-bale', 'bale-flush', 'bale-checkpoint',
                 'bale-reset-stats', 'bale-set', 'bale-compact', 'bale-verify',
                 'query-seqcache', 'seqcache-flush', 'seqcache-reset-stats',
-                'query-bale-module', 'bale-blockdev-options']
+                'query-bale-module', 'bale-blockdev-options',
+                'bale-image-list', 'bale-image-create', 'bale-image-delete',
+                'bale-image-rename', 'bale-image-set-read-only',
+                'bale-image-clone', 'bale-image-snapshot',
+                'bale-image-snapshot-delete', 'bale-image-rollback']
+IMAGES = ['', '', 'one', 'two', 'two', 'x' * 255, 'x' * 256, 'a@b', 'ä']
 BLOCK_COMMANDS = ['blockdev-add', 'blockdev-reopen', 'blockdev-del',
                   'blockdev-create', 'x-blockdev-amend', 'blockdev-mirror',
                   'blockdev-backup', 'blockdev-snapshot', 'block-stream',
@@ -47,7 +52,8 @@ MEMBERS = ['node-name', 'job-id', 'id', 'speed', 'device', 'target', 'sync',
            'options', 'space-threshold', 'cache-size', 'file', 'driver',
            'size', 'node', 'overlay', 'backing-file', 'image-node-name',
            'auto-dismiss', 'auto-finalize', 'write-threshold', 'name',
-           'actions', 'compress', 'discard', 'bitmap', 'top-node', 'base-node']
+           'actions', 'compress', 'discard', 'bitmap', 'top-node', 'base-node',
+           'image', 'snapshot', 'new-name', 'read-only']
 
 
 def refers_to_itself(value, names=()):
@@ -196,6 +202,15 @@ class Fuzzer:
         return self.job(**{'node-name': self.node()}, **self.some(
             auto_dismiss=self.boolean, auto_finalize=self.boolean))
 
+    def image(self):
+        """Arguments of a command on images; one member too many, at times."""
+        name = lambda: self.rng.choice(IMAGES)  # noqa: E731
+        return {'node-name': self.node(), **self.some(0.6, image=name), **(
+            self.some(0.4, snapshot=name) if self.maybe(0.6) else {}), **(
+            self.some(0.4, new_name=name) if self.maybe(0.3) else {}), **(
+            self.some(0.7, size=self.size) if self.maybe(0.3) else {}), **(
+            self.some(0.3, read_only=self.boolean))}
+
     def sensible(self):
         """A command with arguments of the right types."""
         rng, node = self.rng, self.node
@@ -210,6 +225,8 @@ class Fuzzer:
                 cache_size=self.size)}),
             *[lambda: (rng.choice(['bale-compact', 'bale-verify']),
                        self.our_job())] * 3,
+            *[lambda: (rng.choice([n for n in OUR_COMMANDS if 'image' in n]),
+                       self.image())] * 5,
             *[lambda: ('job-cancel', {'id': rng.choice(self.jobs)})] * 4,
             *[lambda: (rng.choice(['job-pause', 'job-resume', 'job-dismiss',
                                    'job-finalize', 'job-complete']),

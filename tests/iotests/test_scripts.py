@@ -3,6 +3,7 @@
 """The scripts that guard the tree: each must fail on what it is there for."""
 
 import os
+import re
 import shutil
 import textwrap
 
@@ -186,6 +187,25 @@ class PackagesTest(bale_iotests.TestCase):
     def test_nothing_to_do_says_nothing(self):
         result = self.install('qemu')
         self.assertEqual((result.status, result.out, result.err), (0, '', ''))
+
+
+class QmpDocsTest(bale_iotests.TestCase):
+    """scripts/qmp-docs"""
+
+    def test_the_page_is_up_to_date(self):
+        run(os.path.join(TOP, 'scripts/qmp-docs'), '--check', check=0)
+
+    def test_everything_is_on_the_page(self):
+        with open(os.path.join(TOP, 'docs/qmp.md'), encoding='utf-8') as file:
+            page = file.read()
+        for name in os.listdir(os.path.join(TOP, 'qapi')):
+            with open(os.path.join(TOP, 'qapi', name),
+                      encoding='utf-8') as file:
+                for kind, entity in re.findall(
+                        r"^{ '(command|event|struct|union|enum)': '([^']*)'",
+                        file.read(), re.M):
+                    if entity != 'bale-blockdev-options':
+                        self.assertIn(f'\n### {entity}\n', page, kind)
 
 
 class HeadersTest(bale_iotests.TestCase):
