@@ -539,22 +539,59 @@ static void coroutine_fn bale_co_invalidate_cache(BlockDriverState *bs,
     bs->total_sectors = DIV_ROUND_UP(info.size, BDRV_SECTOR_SIZE);
 }
 
+/* Those of the runtime options that can change while the store is open. */
+static QemuOptsList bale_reopen_opts = {
+    .name = "bale-reopen",
+    .head = QTAILQ_HEAD_INITIALIZER(bale_reopen_opts.head),
+    .desc = {
+        {
+            .name = BALE_OPT_CACHE_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Memory for decompressed clusters (default: 16M)",
+        },
+        { /* end of list */ }
+    },
+};
+
+typedef struct BaleReopen {
+    uint64_t cache_size;
+} BaleReopen;
+
 static int bale_reopen_prepare(BDRVReopenState *state,
                                BlockReopenQueue *queue, Error **errp)
 {
     BlockDriverState *bs = state->bs;
     BaleJob *job = bale_bs_control(bs)->job;
+    QemuOpts *opts = qemu_opts_create(&bale_reopen_opts, NULL, 0,
+                                      &error_abort);
+    BaleReopen *r = NULL;
+    int ret = 0;
 
-    if (state->flags & (BDRV_O_RDWR | BDRV_O_INACTIVE)) {
-        return 0;
+    if (!qemu_opts_absorb_qdict(opts, state->options, errp)) {
+        ret = -EINVAL;
+        goto out;
     }
-    if (job && bale_job_writes(job)) {
-        error_setg(errp, "Node '%s' has a job that writes: '%s'",
-                   bdrv_get_node_name(bs), bale_job_id(job));
-        return -EBUSY;
+    r = g_new(BaleReopen, 1);
+    r->cache_size = qemu_opt_get_size(opts, BALE_OPT_CACHE_SIZE,
+                                      BALE_CACHE_SIZE_DEFAULT);
+    if (!(state->flags & (BDRV_O_RDWR | BDRV_O_INACTIVE))) {
+        if (job && bale_job_writes(job)) {
+            error_setg(errp, "Node '%s' has a job that writes: '%s'",
+                       bdrv_get_node_name(bs), bale_job_id(job));
+            ret = -EBUSY;
+            goto out;
+        }
+        /* Make it durable and clean while the child may be written to. */
+        ret = engine_set_read_only(bs, true, errp);
     }
-    /* Make it durable and clean while the child may still be written to. */
-    return engine_set_read_only(bs, true, errp);
+
+out:
+    qemu_opts_del(opts);
+    if (ret < 0) {
+        g_clear_pointer(&r, g_free);
+    }
+    state->opaque = r;
+    return ret;
 }
 
 static void bale_reopen_sync(BlockDriverState *bs, int flags)
@@ -571,11 +608,20 @@ static void bale_reopen_sync(BlockDriverState *bs, int flags)
 
 static void bale_reopen_commit(BDRVReopenState *state)
 {
+    BDRVBaleState *s = state->bs->opaque;
+    BaleReopen *r = state->opaque;
+
+    if (r->cache_size != s->cache_size) {
+        s->cache_size = r->cache_size;
+        bale_store_set_cache_size(s->store, r->cache_size);
+    }
+    g_clear_pointer(&state->opaque, g_free);
     bale_reopen_sync(state->bs, state->flags);
 }
 
 static void bale_reopen_abort(BDRVReopenState *state)
 {
+    g_clear_pointer(&state->opaque, g_free);
     bale_reopen_sync(state->bs, state->bs->open_flags);
 }
 

@@ -4,8 +4,9 @@
  *
  * The engine calls from its own threads; block nodes are used from coroutines
  * in their AioContext.  Each call is queued, and one bottom half in that
- * AioContext starts a coroutine for each queued call.  Functions that may block
- * go the same way and wait for their completion.
+ * AioContext starts a coroutine for each queued call.  (A call that comes from
+ * a coroutine there needs neither queue nor bottom half.)  Functions that may
+ * block go the same way and wait for their completion.
  *
  * Invariants
  * 1. A call is on the queue, or has a coroutine, until its completion runs.
@@ -302,6 +303,14 @@ static bool device_held_locked(BaleBdrvDevice *d)
         qatomic_read(&d->owner->in_flight) <= d->in_flight;
 }
 
+/* Is the caller a coroutine of the AioContext that calls run in? */
+static bool device_at_home_locked(BaleBdrvDevice *d)
+{
+    return d->ctx && qemu_in_coroutine() &&
+        qemu_get_current_aio_context() == d->ctx &&
+        qemu_coroutine_get_aio_context(qemu_coroutine_self()) == d->ctx;
+}
+
 static void device_bh(void *opaque)
 {
     BaleBdrvDevice *d = opaque;
@@ -347,6 +356,19 @@ static void device_submit(BaleBdrvDevice *d, BaleDeviceIo *io,
     op->kind = kind;
     op->start_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     qemu_mutex_lock(&d->lock);
+    if (device_at_home_locked(d) && QSIMPLEQ_EMPTY(&d->queue) &&
+        !device_held_locked(d)) {
+        AioContext *ctx = d->ctx;
+
+        d->in_flight++;
+        if (d->owner) {
+            bdrv_inc_in_flight(d->owner);
+        }
+        qemu_mutex_unlock(&d->lock);
+        /* Runs when the coroutine that we are in yields or ends. */
+        aio_co_enter(ctx, qemu_coroutine_create(device_co_entry, op));
+        return;
+    }
     QSIMPLEQ_INSERT_TAIL(&d->queue, op, next);
     d->queued++;
     device_schedule_locked(d);

@@ -15,7 +15,9 @@
  *
  * aio_co_schedule() is used rather than aio_co_wake(), which may enter the
  * coroutine directly and so would run guest-visible code on a thread that the
- * engine wants back.
+ * engine wants back.  Only a completion that runs inside of a coroutine of the
+ * same AioContext (one of the bdrv device's) saves the way round the event
+ * loop: what it wakes is queued behind that coroutine.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -50,7 +52,14 @@ void bale_co_request_done(void *opaque, int ret)
     if (ret < 0) {
         qatomic_cmpxchg(&req->ret, 0, ret);
     }
-    if (qatomic_fetch_dec(&req->pending) == 1) {
+    if (qatomic_fetch_dec(&req->pending) != 1) {
+        return;
+    }
+    if (qemu_in_coroutine() && qemu_get_current_aio_context() == ctx &&
+        qemu_coroutine_get_aio_context(qemu_coroutine_self()) == ctx) {
+        /* Runs when the coroutine that we are in yields or ends. */
+        aio_co_enter(ctx, co);
+    } else {
         aio_co_schedule(ctx, co);
     }
 }
