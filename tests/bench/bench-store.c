@@ -567,7 +567,8 @@ int main(int argc, char **argv)
     } else if (!strcmp(step, "compact")) {
         run_compact(&b, n);
     } else {
-        fprintf(stderr, "Usage: bench-store STEP FILE [NUMBER [SIZE [RANDOM]]]\n");
+        fprintf(stderr,
+                "Usage: bench-store STEP FILE [NUMBER [SIZE [RANDOM]]]\n");
         return 1;
     }
     return 0;
