@@ -16,9 +16,10 @@ import struct
 import time
 
 import bale_iotests
-from bale_images import MIB
+from bale_images import KIB, MIB
 from bale_iotests import BALE, BUILD, LONG, Background, bale, run, wait_until
 from bale_oracle import NbdClient, Oracle
+from bale_qmp import Qemu
 
 STRESS = os.path.join(BUILD, 'tests/stress/stress')
 SIZE = 2 * MIB
@@ -266,6 +267,36 @@ class DriverTest(DeviceCase):
                     shutil.copy('durable.img', 'disk.img')
         print(f'# {transport}: {rounds} failures, {oracle.flushes} flushes '
               f'acknowledged, {revived} times one after the failure')
+
+    def test_a_vm_is_told(self):
+        """Events when the device fails and when all is well again."""
+        self.make_disk()
+        with self.nbdkit(*self.errors()):
+            with Qemu('qemu-system-x86_64', '-drive',
+                      'if=none,id=d0,driver=bale,node-name=n0,'
+                      'file.driver=nbd,file.server.type=unix,'
+                      f'file.server.path={self.path("kit.sock")}') as vm:
+                vm.hmp('qemu-io d0 "write -P 1 0 1M"')
+                vm.hmp('qemu-io d0 "flush"')
+                self.arm('fail-write')
+                vm.hmp('qemu-io d0 "write -P 2 1M 64k"')
+                vm.hmp('qemu-io d0 "flush"')
+                event = vm.wait_event('BALE_STORE_FAILED')
+                self.assertEqual(event['data']['node-name'], 'n0')
+                self.assertIn('Input/output error', event['data']['reason'])
+                self.assertNotIn('failed', vm.hmp(
+                    'qemu-io d0 "read -P 1 0 1M"'))
+                self.disarm('fail-write')
+                vm.hmp('qemu-io d0 "write -P 3 512k 64k"')
+                vm.hmp('qemu-io d0 "flush"')
+                event = vm.wait_event('BALE_STORE_RECOVERED')
+                self.assertEqual(event['data']['node-name'], 'n0')
+        self.check_store('disk.img')
+        bale('export', 'disk.img', 'out.raw', check=0)
+        with open('out.raw', 'rb') as file:
+            data = file.read()
+        self.assertTrue(data[512 * KIB:576 * KIB] == b'\3' * 64 * KIB)
+        self.assertTrue(data[:512 * KIB] == b'\1' * 512 * KIB)
 
     def test_failing_writes_through_fuse(self):
         self.run_many('fuse', 'fail-write', 20 if LONG else 3)

@@ -192,7 +192,7 @@ class LogWritesTest(StackCase):
 
     def test_requests(self):
         """Random writes, zeroes, discards, FUA and flushes."""
-        rounds, budget = (20, 170) if LONG else (2, 75)
+        rounds, budget = (32, 170) if LONG else (2, 75)
         states = entries = flushes = 0
         self.create('disk.img')
         for _ in range(rounds):
