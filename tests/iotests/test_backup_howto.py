@@ -1,0 +1,114 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""docs/backup.md, line by line, and what its client does when it is harder."""
+
+import os
+import re
+
+import bale_iotests
+from bale_backup import MIB, Disk, Machine, SYSTEM, same
+from bale_images import check
+from bale_iotests import BUILD, TOP, qemu_img_info, run
+
+CLIENT = f'{TOP}/scripts/bale-backup'
+
+
+class HowToTest(bale_iotests.TestCase):
+
+    def test_line_by_line(self):
+        self.need_root()
+        done = run(f'{TOP}/scripts/test-disk', timeout_s=900)
+        if done.status:
+            self.skipTest(f'no test disk: {done.err[-200:]}')
+        with open(f'{TOP}/docs/backup.md', encoding='utf-8') as file:
+            blocks = re.findall(r'^```sh\n(.*?)^```$', file.read(),
+                                re.MULTILINE | re.DOTALL)
+        self.assertGreater(len(blocks), 10)
+        script = ''.join(blocks).replace('BALE=/path/to/bale', f'BALE={TOP}')
+        script = script.replace('$BALE/build/', f'{BUILD}/')
+        try:
+            result = run('/bin/bash', '-euxc', script, timeout_s=800,
+                         env={'BALE_TOOL': f'{BUILD}/tools/bale'})
+            self.assertEqual(result.status, 0, result)
+            self.assertEqual([name for name in os.listdir('.')
+                              if not name.endswith('.sock')], [])
+        finally:
+            for name in ('vm', 'look', 'new'):
+                if os.path.exists(f'{name}.pid'):
+                    with open(f'{name}.pid', encoding='ascii') as file:
+                        run('kill', file.read().strip())
+
+
+class ClientTest(bale_iotests.TestCase):
+    """The client and what can happen to it."""
+
+    pieces = 0
+
+    def setUp(self):
+        self.python = run(f'{TOP}/scripts/qemu-headers', '--quiet',
+                          check=0).out.strip() + '/python'
+
+    def client(self, vm, *args, check_status=0):
+        kind, *nodes = args
+        return run('/usr/bin/python3', CLIENT, kind, self.other(vm),
+                   'backups', *nodes, check=check_status,
+                   env={'PYTHONPATH': self.python,
+                        'BALE_TOOL': f'{BUILD}/tools/bale'})
+
+    def other(self, vm):
+        return vm.path + '.client'
+
+    def machine(self, *disks):
+        number = Machine.number + 1
+        path = os.path.abspath(f'qmp{number}.sock.client')
+        return Machine(SYSTEM, *disks, args=[
+            '-qmp', f'unix:{path},server=on,wait=off'])
+
+    def test_two_disks_full_and_incremental(self):
+        disks = [Disk(self, 'd0'), Disk(self, 'd1', 12 * MIB)]
+        points = []
+        with self.machine(*disks) as vm:
+            for kind in ('full', 'incremental', 'incremental', 'full',
+                         'incremental'):
+                raws = [disk.freeze(len(points)) for disk in disks]
+                done = self.client(vm, kind, 'd0', 'd1')
+                points += zip(raws, done.out.split())
+                for disk in disks:
+                    vm.write(disk)
+                    bitmaps = [b for b in vm.command(
+                        'query-named-block-nodes', flat=True)
+                        if b['node-name'] == disk.name][0]['dirty-bitmaps']
+                    self.assertEqual(len(bitmaps), 1)
+        self.assertEqual(len(points), 10)
+        for raw, image in points:
+            check(image)
+            same(raw, image)
+        self.assertNotIn('backing-filename',
+                         qemu_img_info(points[6][1]))
+        self.assertEqual(qemu_img_info(points[8][1])['backing-filename'],
+                         os.path.basename(points[6][1]))
+
+    def test_a_failed_one_leaves_nothing_and_loses_nothing(self):
+        disk = Disk(self, 'd')
+        with self.machine(disk) as vm:
+            refused = self.client(vm, 'incremental', 'd', check_status=1)
+            self.assertIn('needs a full backup first', refused.err)
+            self.client(vm, 'full', 'd')
+            vm.write(disk)
+            before = sorted(os.listdir('backups/d'))
+            # Of two nodes the second cannot be: the first is given up, too
+            refused = self.client(vm, 'incremental', 'd', 'nobody',
+                                  check_status=1)
+            self.assertIn('no node "nobody"', refused.err)
+            # A job that blocks the disk makes the transaction fail
+            self.client(vm, 'full', 'd', 'd', check_status=1)
+            self.assertEqual(sorted(os.listdir('backups/d')), before)
+            raw = disk.freeze('then')
+            image = self.client(vm, 'incremental', 'd').out.strip()
+            self.assertEqual(len(os.listdir('backups/d')), len(before) + 1)
+        check(image)
+        same(raw, image)
+
+
+if __name__ == '__main__':
+    bale_iotests.main()
