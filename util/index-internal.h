@@ -62,6 +62,9 @@
 /* From here on, memory comes as fresh pages, zero without touching them. */
 #define MMAP_MIN_BYTES (64 * 1024)
 
+/* ... and in huge ones, if the system has them. */
+#define HUGE_MIN_BYTES (4 * 1024 * 1024)
+
 /* Changes to wait after there was no memory for a table. */
 #define RETRY_CHANGES 1024
 

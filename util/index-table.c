@@ -62,6 +62,10 @@ void *bale_index_memory_new(Ledger *ledger, size_t bytes)
         if (memory == MAP_FAILED) {
             return NULL;
         }
+        if (bytes >= HUGE_MIN_BYTES) {
+            /* All of it is used, at random: fewer faults, fewer misses. */
+            madvise(memory, bytes, MADV_HUGEPAGE);
+        }
     } else {
         if (posix_memalign(&memory, sizeof(Bucket), bytes) != 0) {
             return NULL;

@@ -609,3 +609,134 @@ int bale_index_set(BaleIndex *index, uint64_t key, uint64_t value,
     }
     return ret;
 }
+
+/* Loading */
+
+/* Hashes that are computed, and whose buckets are fetched, ahead of use. */
+#define LOAD_BATCH 16
+
+uint64_t bale_index_load_keys(const BaleIndex *index)
+{
+    return UINT64_C(1) << index->hash_bits;
+}
+
+/* The sparsest table that holds @keys at a good load. */
+static unsigned load_shift(const BaleIndex *index, uint64_t keys)
+{
+    unsigned shift = 0;
+
+    while (shift < index->shift_max) {
+        uint64_t span = (uint64_t)BUCKET_SLOTS << (shift + 1);
+        uint64_t buckets = MAX((index->hash_mask + 1) / span, 1);
+
+        if (keys / buckets > LOAD_EXPECTED) {
+            break;
+        }
+        shift++;
+    }
+    return shift;
+}
+
+/* Nobody sees the table yet, so that the order of the stores is free. */
+static bool load_entry(Table *t, Bucket *b, uint64_t word)
+{
+    for (;;) {
+        Bucket *next;
+
+        for (unsigned i = 0; i < BUCKET_SLOTS; i++) {
+            if (!atomic_load_explicit(&b->slot[i], memory_order_relaxed)) {
+                atomic_store_explicit(&b->slot[i], word,
+                                      memory_order_relaxed);
+                return true;
+            }
+        }
+        next = link_target(atomic_load_explicit(&b->link,
+                                                memory_order_relaxed));
+        if (!next) {
+            next = bale_index_overflow_new(t);
+            if (!next) {
+                return false;
+            }
+            atomic_store_explicit(&b->link, link_to(next),
+                                  memory_order_relaxed);
+            atomic_fetch_add(&t->overflow, 1);
+        }
+        b = next;
+    }
+}
+
+static bool load_table(const BaleIndex *index, Table *t, uint64_t first_key,
+                       const uint64_t *values, uint64_t n)
+{
+    uint64_t span = table_span(t);
+    bool ok = true;
+
+    for (uint64_t at = 0; at < n && ok; at += LOAD_BATCH) {
+        uint64_t end = MIN(n, at + LOAD_BATCH);
+        Bucket *bucket[LOAD_BATCH];
+        uint64_t word[LOAD_BATCH];
+        unsigned batch = 0;
+
+        for (uint64_t i = at; i < end; i++) {
+            if (values[i]) {
+                uint64_t hash = mix(index, first_key + i);
+                uint64_t number = hash_bucket(t, hash);
+
+                bucket[batch] = &t->buckets[number];
+                word[batch] = entry_new(hash - number * span, values[i]);
+                __builtin_prefetch(bucket[batch], 1);
+                batch++;
+            }
+        }
+        for (unsigned i = 0; i < batch && ok; i++) {
+            ok = load_entry(t, bucket[i], word[i]);
+        }
+    }
+    return ok;
+}
+
+int bale_index_load(BaleIndex *index, uint64_t first_key,
+                    const uint64_t *values, uint64_t n)
+{
+    _Atomic(Segment *) *where =
+        &index->segments[first_key >> index->hash_bits];
+    Segment *segment;
+    uint64_t keys = 0;
+    Table *t;
+
+    assert(n > 0 && (first_key + n - 1) >> index->key_bits == 0 &&
+           first_key >> index->hash_bits ==
+               (first_key + n - 1) >> index->hash_bits);
+    for (uint64_t i = 0; i < n; i++) {
+        keys += values[i] != 0;
+    }
+    if (atomic_load(where) || keys == 0) {
+        int ret = 0;
+
+        for (uint64_t i = 0; i < n && ret == 0; i++) {
+            if (values[i]) {
+                ret = bale_index_set(index, first_key + i, values[i], NULL);
+            }
+        }
+        return ret;
+    }
+    segment = bale_index_memory_new(index->ledger, sizeof(*segment));
+    if (!segment) {
+        return -ENOMEM;
+    }
+    t = bale_index_table_new(index->ledger, index->hash_bits,
+                             load_shift(index, keys));
+    if (!t) {
+        bale_index_memory_free(index->ledger, segment, sizeof(*segment));
+        return -ENOMEM;
+    }
+    atomic_init(&segment->table, t);
+    if (!load_table(index, t, first_key, values, n)) {
+        segment_free(index, segment);
+        return -ENOMEM;
+    }
+    atomic_store(&t->fresh_overflow, atomic_load(&t->overflow));
+    atomic_store(&segment->keys, keys);
+    atomic_store(where, segment);
+    return 0;
+}

@@ -15,14 +15,10 @@
 #include "util/checksum.h"
 #include "util/memory.h"
 
-/*
- * Read and verify the record at @address of the page version @version.  On
- * success *@out is its payload, newly allocated.
- */
-int bale_recover_record(BaleStore *s, uint64_t address, uint64_t version,
-                        uint32_t len, BaleRecord *r, uint8_t **out)
+int bale_recover_read(BaleStore *s, uint64_t address, uint64_t version,
+                      uint32_t len, BaleRecord *r, uint8_t *buf,
+                      const uint8_t **payload)
 {
-    BALE_AUTO_MEMORY uint8_t *buf = NULL;
     uint64_t begin = bale_align_down(address, BALE_BLOCK_SIZE);
     uint64_t end = bale_align_up(address + len, BALE_BLOCK_SIZE);
     uint64_t page = (address - BALE_SUPER_SIZE) / s->page_size;
@@ -35,10 +31,6 @@ int bale_recover_record(BaleStore *s, uint64_t address, uint64_t version,
         offset + len > s->page_size || address + len > s->dev_info.size) {
         return -EIO;
     }
-    buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, end - begin);
-    if (!buf) {
-        return -ENOMEM;
-    }
     ret = bale_device_get_sync(s->dev, begin, buf, end - begin);
     if (ret < 0) {
         return ret;
@@ -50,11 +42,33 @@ int bale_recover_record(BaleStore *s, uint64_t address, uint64_t version,
             r->payload_sum) {
         return -EIO;
     }
+    *payload = p + r->header_len;
+    return 0;
+}
+
+int bale_recover_record(BaleStore *s, uint64_t address, uint64_t version,
+                        uint32_t len, BaleRecord *r, uint8_t **out)
+{
+    BALE_AUTO_MEMORY uint8_t *buf = NULL;
+    const uint8_t *payload;
+    int ret;
+
+    buf = len <= s->page_size
+              ? bale_memory_try_alloc(BALE_BLOCK_SIZE,
+                                      bale_recover_room(address, len))
+              : NULL;
+    if (!buf) {
+        return len <= s->page_size ? -ENOMEM : -EIO;
+    }
+    ret = bale_recover_read(s, address, version, len, r, buf, &payload);
+    if (ret < 0) {
+        return ret;
+    }
     *out = g_try_malloc(r->payload_len + 1);
     if (!*out) {
         return -ENOMEM;
     }
-    memcpy(*out, p + r->header_len, r->payload_len);
+    memcpy(*out, payload, r->payload_len);
     return 0;
 }
 
@@ -115,55 +129,7 @@ static int load_pages(Checkpoint *c, const BalePart *part,
     return ret;
 }
 
-/* --- the image and its index --- */
-
-/* Does the checkpoint know the record that @value points at? */
-static bool load_value_known(Checkpoint *c, uint64_t value)
-{
-    uint64_t page, offset;
-
-    return bale_address_split(c->s, bale_value_address(value), &page,
-                              &offset) &&
-           offset + BALE_RECORD_HEADER_LEN <= c->limit[page];
-}
-
-static int load_index(Checkpoint *c, const BalePart *part,
-                      const uint8_t *payload)
-{
-    BaleLayer *layer =
-        part->a <= UINT32_MAX ? bale_layer_get(c->s, part->a) : NULL;
-
-    if (!layer ||
-        part->b + part->payload_len / 8 > bale_layer_clusters(layer)) {
-        return -EIO;
-    }
-    for (uint32_t i = 0; i < part->payload_len / 8; i++) {
-        uint64_t value = bale_get_le64(payload + i * 8);
-
-        if (value == 0) {
-            continue;
-        }
-        if (value >> BALE_VALUE_BITS) {
-            return -EIO;
-        }
-        if (!load_value_known(c, value)) {
-            StaleCluster stale = { part->a, part->b + i };
-
-            if (c->exact) {
-                return -EIO;
-            }
-            g_array_append_val(c->stale, stale);
-            value = VALUE_STALE;
-        }
-        if (bale_layer_index_set(layer, part->b + i, value, NULL) < 0) {
-            return -ENOMEM;
-        }
-        if (c->exact) {
-            bale_recover_count_live(part->b + i, value, c->s);
-        }
-    }
-    return 0;
-}
+/* --- the catalogue --- */
 
 static int load_catalogue(Checkpoint *c, const BalePart *part)
 {
@@ -227,8 +193,7 @@ static int load_parts(Checkpoint *c, uint32_t kind)
                 ret = -EIO;
             }
             if (ret == 0) {
-                ret = kind == BALE_PART_PAGES ? load_pages(c, &part, payload)
-                                              : load_index(c, &part, payload);
+                ret = load_pages(c, &part, payload);
             }
         }
         if (ret < 0) {
@@ -315,7 +280,7 @@ int bale_checkpoint_load(Checkpoint *c)
     int ret = load_parts(c, BALE_PART_IMAGE);
 
     if (ret == 0) {
-        ret = load_parts(c, BALE_PART_INDEX);
+        ret = bale_checkpoint_load_index(c);
     }
     return ret == 0 && !c->s->catalogue_address ? -EIO : ret;
 }

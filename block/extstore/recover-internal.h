@@ -3,6 +3,7 @@
  *
  *     recover.c             opens: a checkpoint, with the tail, or a scan
  *     recover-checkpoint.c  loads a checkpoint
+ *     recover-index.c       loads its index
  *     recover-tail.c        finds what was appended after a checkpoint
  *     recover-scan.c        walks pages; tells torn tails from damage
  *     recover-apply.c       applies what was found, in order of sequence
@@ -158,16 +159,33 @@ RecoverResult bale_recover_exact(BaleStore *s, GError **errp);
 int bale_checkpoint_open(Checkpoint *c, BaleStore *s,
                          const BaleCheckpointRef *ref, bool exact);
 void bale_checkpoint_close(Checkpoint *c);
-/* Image and index.  0, -ENOMEM, -EIO. */
+/* recover-index.c: the index, by several threads.  0, -ENOMEM, -EIO. */
+int bale_checkpoint_load_index(Checkpoint *c);
+/* Catalogue and index.  0, -ENOMEM, -EIO. */
 int bale_checkpoint_load(Checkpoint *c);
 /* What the checkpoint and the one before it, @previous, consist of is live. */
 void bale_checkpoint_note(Checkpoint *c, const BaleCheckpointRef *previous);
 /* Forget what a checkpoint that turned out damaged has loaded. */
 void bale_recover_reset(BaleStore *s);
+/* Bytes that bale_recover_read() needs for a record of @len bytes. */
+static inline uint64_t bale_recover_room(uint64_t address, uint32_t len)
+{
+    uint64_t begin = address / BALE_BLOCK_SIZE * BALE_BLOCK_SIZE;
+
+    return (address + len + BALE_BLOCK_SIZE - 1) / BALE_BLOCK_SIZE *
+               BALE_BLOCK_SIZE -
+           begin;
+}
+
 /*
- * Read and verify the record at @address of the page version @version.  On
- * success *@out is its payload, newly allocated.
+ * Read and verify the record at @address of the page version @version, which
+ * is at most @len long.  On success *@payload points into @buf, which is
+ * aligned to a block.
  */
+int bale_recover_read(BaleStore *s, uint64_t address, uint64_t version,
+                      uint32_t len, BaleRecord *r, uint8_t *buf,
+                      const uint8_t **payload);
+/* The same, but on success *@out is the payload, newly allocated. */
 int bale_recover_record(BaleStore *s, uint64_t address, uint64_t version,
                         uint32_t len, BaleRecord *r, uint8_t **out);
 

@@ -100,6 +100,18 @@ int bale_index_update(BaleIndex *index, uint64_t key, uint64_t expected,
 int bale_index_set(BaleIndex *index, uint64_t key, uint64_t value,
                    uint64_t *old);
 
+/* How many keys, aligned to that number, bale_index_load() takes at most. */
+uint64_t bale_index_load_keys(const BaleIndex *index);
+
+/*
+ * Insert the keys from @first_key on that are not 0 in @values[@n], which are
+ * of one aligned group of bale_index_load_keys() keys.  Quick if there is no
+ * key in that group yet.  Nobody else uses the group; other groups may be
+ * loaded at the same time.  0 or -ENOMEM, with some of the keys inserted.
+ */
+int bale_index_load(BaleIndex *index, uint64_t first_key,
+                    const uint64_t *values, uint64_t n);
+
 /* Return false to stop the walk. */
 typedef bool BaleIndexVisit(uint64_t key, uint64_t value, void *opaque);
 

@@ -1,0 +1,323 @@
+/*
+ * Checkpoints of a store in use: what an open after a kill takes from them, and
+ * what it falls back to.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "extstore/store.h"
+
+#include <string.h>
+
+#include "extstore/device-sim.h"
+
+#define CLUSTER 4096u
+#define CLUSTERS 64u
+
+typedef struct Fixture {
+    BaleDevice *dev;
+    BaleStore *store;
+    BaleImage *image;
+    unsigned complaints;
+    uint8_t model[CLUSTERS * CLUSTER];
+} Fixture;
+
+static void fixture_complain(void *opaque, const char *what)
+{
+    Fixture *f = opaque;
+
+    g_test_message("the store says: %s", what);
+    f->complaints++;
+}
+
+static void fixture_open(Fixture *f)
+{
+    BaleOpenOptions o = { .workers = 2,
+                          .damage = fixture_complain,
+                          .notify_opaque = f };
+    g_autoptr(GError) err = NULL;
+
+    f->store = bale_store_open(f->dev, &o, &err);
+    g_assert_no_error(err);
+    f->image = bale_image_open(f->store, NULL, &err);
+    g_assert_no_error(err);
+}
+
+static void fixture_init(Fixture *f, uint64_t size)
+{
+    BaleCreateOptions o = { .size = size, .page_size = 2u << 20,
+                            .cluster_size = CLUSTER,
+                            .codec = BALE_CODEC_ZSTD };
+    BaleSimOptions sim = { .no_history = true };
+    g_autoptr(GError) err = NULL;
+
+    memset(f, 0, sizeof(*f));
+    f->dev = bale_sim_new(&sim);
+    g_assert_true(bale_store_create(f->dev, &o, &err));
+    g_assert_no_error(err);
+    fixture_open(f);
+}
+
+static void fixture_close(Fixture *f)
+{
+    g_autoptr(GError) err = NULL;
+
+    bale_image_close(f->image);
+    g_assert_true(bale_store_close(f->store, &err));
+    g_assert_no_error(err);
+}
+
+/* What the device holds now, as a device; the store is closed behind it. */
+static void fixture_kill(Fixture *f)
+{
+    BaleSimOptions sim = { .no_history = true };
+    g_autoptr(BaleSimImage) image = bale_sim_image(f->dev);
+    BaleDevice *dev = bale_sim_new_from_image(image, &sim);
+
+    fixture_close(f);
+    f->dev = dev;
+}
+
+static void fixture_write(Fixture *f, unsigned first, unsigned n, uint8_t byte)
+{
+    for (unsigned i = 0; i < n * CLUSTER; i++) {
+        f->model[first * CLUSTER + i] = byte + i / 512;
+    }
+    g_assert_cmpint(bale_image_write_sync(f->image, first * CLUSTER,
+                                          f->model + first * CLUSTER,
+                                          n * CLUSTER, 0),
+                    ==, 0);
+}
+
+static void fixture_flush(Fixture *f)
+{
+    g_assert_cmpint(bale_store_flush_sync(f->store), ==, 0);
+}
+
+static void fixture_checkpoint(Fixture *f)
+{
+    g_autoptr(GError) err = NULL;
+
+    g_assert_true(bale_store_checkpoint_running(f->store, &err));
+    g_assert_no_error(err);
+}
+
+static uint64_t fixture_recovered(Fixture *f)
+{
+    BaleStoreInfo info;
+
+    bale_store_get_info(f->store, &info);
+    g_assert_false(info.clean);
+    g_assert_false(info.corrupt);
+    return info.recovered_records;
+}
+
+static void check_same(Fixture *f)
+{
+    g_autofree uint8_t *buf = g_malloc(sizeof(f->model));
+    g_autoptr(GError) err = NULL;
+    BaleCheckResult result;
+
+    g_assert_cmpint(bale_image_read_sync(f->image, 0, buf, sizeof(f->model)),
+                    ==, 0);
+    g_assert_cmpmem(buf, sizeof(f->model), f->model, sizeof(f->model));
+    g_assert_true(bale_store_check(f->store, BALE_CHECK_DATA, NULL, NULL,
+                                   &result, &err));
+    g_assert_no_error(err);
+    g_assert_cmpuint(result.wrong_counters, ==, 0);
+}
+
+/* Damage the root that a superblock names @at bytes from its beginning. */
+static void damage_root(Fixture *f, unsigned at)
+{
+    g_autoptr(BaleSimImage) image = bale_sim_image(f->dev);
+    uint64_t address[2] = { 0 }, generation[2];
+
+    /* Copies 0 and 1: the newer one counts. */
+    for (int i = 0; i < 2; i++) {
+        bale_sim_image_read(image, i * (512u << 10) + 56, &generation[i], 8);
+        bale_sim_image_read(image, i * (512u << 10) + at, &address[i], 8);
+    }
+    address[0] = address[generation[1] > generation[0]];
+    g_assert_cmpuint(address[0], !=, 0);
+    bale_sim_flip_bit(f->dev, address[0] + 70, 3);
+}
+
+static void test_only_the_tail(void)
+{
+    Fixture f;
+
+    fixture_init(&f, sizeof(f.model));
+    fixture_write(&f, 0, 32, 1);
+    fixture_checkpoint(&f);
+    fixture_write(&f, 30, 4, 101);
+    fixture_flush(&f);
+    fixture_kill(&f);
+    fixture_open(&f);
+    g_assert_cmpuint(fixture_recovered(&f), ==, 4);
+    g_assert_cmpuint(f.complaints, ==, 0);
+    check_same(&f);
+    fixture_close(&f);
+}
+
+static void test_nothing_after_it(void)
+{
+    Fixture f;
+
+    fixture_init(&f, sizeof(f.model));
+    fixture_write(&f, 0, 32, 1);
+    fixture_checkpoint(&f);
+    fixture_kill(&f);
+    fixture_open(&f);
+    g_assert_cmpuint(fixture_recovered(&f), ==, 0);
+    check_same(&f);
+    /* Going on, and once more. */
+    fixture_write(&f, 5, 9, 77);
+    fixture_checkpoint(&f);
+    fixture_write(&f, 50, 1, 7);
+    fixture_flush(&f);
+    fixture_kill(&f);
+    fixture_open(&f);
+    g_assert_cmpuint(fixture_recovered(&f), ==, 1);
+    check_same(&f);
+    fixture_close(&f);
+}
+
+/* Falls back to the checkpoint before, and then to a scan of all. */
+static void test_damaged(void)
+{
+    Fixture f;
+
+    fixture_init(&f, sizeof(f.model));
+    fixture_write(&f, 0, 32, 1);
+    fixture_checkpoint(&f);
+    fixture_write(&f, 8, 4, 60);
+    fixture_checkpoint(&f);
+    fixture_write(&f, 40, 2, 101);
+    fixture_flush(&f);
+    fixture_kill(&f);
+    damage_root(&f, 96);
+    fixture_open(&f);
+    g_assert_cmpuint(fixture_recovered(&f), ==, 6);
+    g_assert_cmpuint(f.complaints, ==, 1);
+    check_same(&f);
+    /* The next one stands before the one that it was opened from. */
+    fixture_write(&f, 41, 1, 7);
+    fixture_checkpoint(&f);
+    fixture_kill(&f);
+    damage_root(&f, 96);
+    fixture_open(&f);
+    g_assert_cmpuint(f.complaints, ==, 2);
+    check_same(&f);
+    fixture_kill(&f);
+    damage_root(&f, 136);
+    fixture_open(&f);
+    g_assert_cmpuint(f.complaints, >=, 3);
+    g_assert_cmpuint(fixture_recovered(&f), >=, 39);
+    check_same(&f);
+    fixture_close(&f);
+}
+
+/* A clean store, too, has one to fall back to. */
+static void test_damaged_clean(void)
+{
+    Fixture f;
+
+    fixture_init(&f, sizeof(f.model));
+    fixture_write(&f, 0, 8, 1);
+    fixture_checkpoint(&f);
+    fixture_write(&f, 8, 4, 60);
+    {
+        g_autoptr(GError) err = NULL;
+
+        g_assert_true(bale_store_checkpoint(f.store, &err));
+        g_assert_no_error(err);
+    }
+    fixture_kill(&f);
+    damage_root(&f, 96);
+    fixture_open(&f);
+    g_assert_cmpuint(fixture_recovered(&f), ==, 4);
+    g_assert_cmpuint(f.complaints, ==, 1);
+    check_same(&f);
+    fixture_close(&f);
+}
+
+/* Pages are compacted, freed and used anew between checkpoint and kill. */
+static void test_pages_reused(void)
+{
+    BaleCompactOptions o = { .rate = 0 };
+    g_autoptr(GError) err = NULL;
+    Fixture f;
+
+    fixture_init(&f, sizeof(f.model));
+    for (unsigned round = 0; round < 40; round++) {
+        fixture_write(&f, 0, CLUSTERS, round * 5);
+        if (round % 9 == 4) {
+            fixture_checkpoint(&f);
+        }
+        fixture_write(&f, round, 8, round * 3 + 1);
+        fixture_flush(&f);
+        if (round % 3 == 0) {
+            g_assert_true(bale_store_compact(f.store, &o, &err));
+            g_assert_no_error(err);
+        }
+        if (round % 5 == 0) {
+            fixture_kill(&f);
+            fixture_open(&f);
+            g_assert_cmpuint(f.complaints, ==, 0);
+            check_same(&f);
+        }
+    }
+    fixture_close(&f);
+}
+
+/* An index of several groups is loaded by several threads. */
+static void test_large_index(void)
+{
+    uint64_t clusters = (5ull << 20) + 12345;
+    uint64_t run;
+    BaleClusterStatus status;
+    BaleImageInfo info;
+    Fixture f;
+
+    fixture_init(&f, clusters * CLUSTER);
+    g_assert_cmpint(bale_image_zero_sync(f.image, 4096ull * CLUSTER,
+                                         (clusters - 8192) * CLUSTER, 0),
+                    ==, 0);
+    fixture_write(&f, 0, 3, 9);
+    for (int i = 0; i < 2; i++) {
+        if (i == 0) {
+            fixture_checkpoint(&f);
+            fixture_kill(&f);
+        } else {
+            g_autoptr(GError) err = NULL;
+
+            g_assert_true(bale_store_checkpoint(f.store, &err));
+            fixture_kill(&f);
+        }
+        fixture_open(&f);
+        g_assert_cmpint(bale_image_status(f.image, 4096ull * CLUSTER,
+                                          clusters * CLUSTER -
+                                              4096ull * CLUSTER,
+                                          &status, &run),
+                        ==, 0);
+        g_assert_cmpint(status, ==, BALE_CLUSTER_ZERO);
+        g_assert_cmpuint(run, ==, (clusters - 8192) * CLUSTER);
+        bale_image_get_info(f.image, &info);
+        g_assert_cmpuint(info.allocated_clusters, ==, clusters - 8192 + 3);
+        check_same(&f);
+        fixture_write(&f, 1, 1, 33);
+    }
+    fixture_close(&f);
+}
+
+int main(int argc, char **argv)
+{
+    g_test_init(&argc, &argv, NULL);
+    g_test_add_func("/checkpoint/only-the-tail", test_only_the_tail);
+    g_test_add_func("/checkpoint/nothing-after-it", test_nothing_after_it);
+    g_test_add_func("/checkpoint/damaged", test_damaged);
+    g_test_add_func("/checkpoint/damaged-clean", test_damaged_clean);
+    g_test_add_func("/checkpoint/pages-reused", test_pages_reused);
+    g_test_add_func("/checkpoint/large-index", test_large_index);
+    return g_test_run();
+}
