@@ -899,8 +899,6 @@ void bale_log_unpin(BaleStore *s, BaleWriteBuffer *wb)
 
 void bale_log_init(BaleStore *s)
 {
-    pthread_condattr_t attr;
-
     pthread_mutex_init(&s->log_lock, NULL);
     pthread_cond_init(&s->log_cond, NULL);
     s->pages = g_array_new(FALSE, TRUE, sizeof(BalePage));
@@ -911,10 +909,7 @@ void bale_log_init(BaleStore *s)
     g_queue_init(&s->in_flight);
     g_queue_init(&s->unproven);
     s->flush_waiters_tail = &s->flush_waiters;
-    pthread_condattr_init(&attr);
-    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-    pthread_cond_init(&s->maintain_cond, &attr);
-    pthread_condattr_destroy(&attr);
+    pthread_cond_init(&s->maintain_cond, NULL);
     for (int b = 0; b < BALE_BUCKETS; b++) {
         s->active[b] = PAGE_NONE;
     }

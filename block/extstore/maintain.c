@@ -227,7 +227,8 @@ static void maintain_wait(BaleStore *s)
         store_failed(s)) {
         pthread_cond_wait(&s->maintain_cond, &s->log_lock);
     } else {
-        clock_gettime(CLOCK_MONOTONIC, &until);
+        /* When the clock is set, the thread only looks once too often. */
+        clock_gettime(CLOCK_REALTIME, &until);
         until.tv_sec += LOOK_TIME_S;
         if (pthread_cond_timedwait(&s->maintain_cond, &s->log_lock, &until) ==
             ETIMEDOUT) {
