@@ -133,13 +133,14 @@ int __wrap_pthread_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex)
     }
     /* Another thread's turn, which may push work without waking us. */
     pthread_mutex_lock(mutex);
-    clock_gettime(CLOCK_REALTIME, &until);
+    clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_nsec += WAIT_NS;
     if (until.tv_nsec >= 1000000000) {
         until.tv_nsec -= 1000000000;
         until.tv_sec++;
     }
-    pthread_cond_timedwait(cond, mutex, &until);
+    /* Whatever clock the condition was made for. */
+    pthread_cond_clockwait(cond, mutex, CLOCK_MONOTONIC, &until);
     return 0;
 }
 
