@@ -26,6 +26,7 @@ typedef enum BaleJobType {
     BALE_JOB_TYPE_COMPACT = JOB_TYPE__MAX,
 #endif
     BALE_JOB_TYPE_VERIFY,
+    BALE_JOB_TYPE_FLATTEN,
 } BaleJobType;
 
 bool bale_job_types_known(void);
@@ -44,14 +45,16 @@ typedef struct BaleControl {
 typedef enum BaleJobKind {
     BALE_JOB_COMPACT,
     BALE_JOB_VERIFY,
+    BALE_JOB_FLATTEN,
 } BaleJobKind;
 
 /*
  * Start a job on @bs, which keeps a reference to it; @speed replaces that of
- * the node.  False with @errp set if it cannot be.
+ * the node.  @image is that to flatten.  False with @errp set if it cannot be.
  */
 bool bale_job_start(const char *job_id, BlockDriverState *bs, BaleJobKind kind,
-                    int flags, uint64_t speed, Error **errp);
+                    const char *image, int flags, uint64_t speed,
+                    Error **errp);
 const char *bale_job_id(BaleJob *job);
 /* Does it change the store? */
 bool bale_job_writes(BaleJob *job);

@@ -1,5 +1,6 @@
 /*
- * Jobs on the store of a bale node: compacting and verifying it.
+ * Jobs on the store of a bale node: compacting and verifying it, and flattening
+ * an image in it.
  *
  * They are QEMU jobs of types of their own (monitor.c adds those to the
  * enumeration), so that query-jobs, job-pause, job-cancel and the rest work on
@@ -16,7 +17,8 @@
  *    handed over (bale_control_stop()).
  * 2. A compaction that is paused has no thread: the engine keeps back its own
  *    compaction while somebody else's runs.  It begins anew when the job goes
- *    on, and finds the pages that it has already emptied gone.
+ *    on, and finds the pages that it has already emptied gone.  The same goes
+ *    for flattening, which finds less to copy.
  * 3. A verification that is paused waits in its callback, in which the engine
  *    holds no lock.
  * 4. When a job is told to end, its device calls pass even if the node is
@@ -59,6 +61,7 @@ struct BaleJob {
     BaleControl *control;
     BaleStore *store;
     BaleJobKind kind;
+    char *image; /* to flatten */
     BaleStoreStats before;
 
     /* Of the main thread. */
@@ -152,6 +155,11 @@ static bool job_compact_progress(void *opaque, uint64_t done, uint64_t total)
     return job_step(opaque, done, total, done);
 }
 
+static bool job_flatten_progress(void *opaque, uint64_t done, uint64_t total)
+{
+    return job_step(opaque, done, total, 0);
+}
+
 static bool job_verify_report(void *opaque, const char *what, uint64_t done,
                               uint64_t total)
 {
@@ -183,6 +191,13 @@ static void *job_thread(void *opaque)
         };
 
         j->ok = bale_store_compact(j->store, &o, &j->err);
+    } else if (j->kind == BALE_JOB_FLATTEN) {
+        BaleFlattenOptions o = {
+            .progress = job_flatten_progress,
+            .opaque = j,
+        };
+
+        j->ok = bale_image_flatten(j->store, j->image, &o, &j->err);
     } else {
         j->ok = bale_store_check(j->store, BALE_CHECK_DATA, job_verify_report,
                                  j, &j->result, &j->err);
@@ -315,15 +330,22 @@ static int coroutine_fn job_run(Job *job, Error **errp)
         return -ECANCELED;
     }
     job_progress_set_remaining(job, 0);
-    return j->kind == BALE_JOB_VERIFY ? job_verify_result(j, errp)
-                                      : job_compact_result(j);
+    switch (j->kind) {
+    case BALE_JOB_VERIFY:
+        return job_verify_result(j, errp);
+    case BALE_JOB_COMPACT:
+        return job_compact_result(j);
+    case BALE_JOB_FLATTEN:
+        return 0;
+    }
+    g_assert_not_reached();
 }
 
 static void coroutine_fn job_pause_cb(Job *job)
 {
     BaleJob *j = container_of(job, BaleJob, common);
 
-    if (j->kind == BALE_JOB_COMPACT) {
+    if (j->kind != BALE_JOB_VERIFY) {
         qatomic_set(&j->stop, true);
         job_wake(j);
         job_wait_thread(j);
@@ -340,7 +362,7 @@ static void coroutine_fn job_resume_cb(Job *job)
 {
     BaleJob *j = container_of(job, BaleJob, common);
 
-    /* The thread of a compaction has ended; job_run() begins another. */
+    /* Only a verification still has its thread; job_run() begins others. */
     qatomic_set(&j->hold, false);
     job_wake(j);
 }
@@ -374,6 +396,7 @@ static void job_free(Job *job)
     BaleJob *j = container_of(job, BaleJob, common);
 
     g_clear_error(&j->err);
+    g_free(j->image);
     qapi_free_strList(j->findings);
     qemu_cond_destroy(&j->cond);
     qemu_mutex_destroy(&j->lock);
@@ -394,10 +417,12 @@ static void job_free(Job *job)
 static const JobDriver job_drivers[] = {
     [BALE_JOB_COMPACT] = JOB_DRIVER(BALE_JOB_TYPE_COMPACT),
     [BALE_JOB_VERIFY] = JOB_DRIVER(BALE_JOB_TYPE_VERIFY),
+    [BALE_JOB_FLATTEN] = JOB_DRIVER(BALE_JOB_TYPE_FLATTEN),
 };
 
 bool bale_job_start(const char *job_id, BlockDriverState *bs, BaleJobKind kind,
-                    int flags, uint64_t speed, Error **errp)
+                    const char *image, int flags, uint64_t speed,
+                    Error **errp)
 {
     BaleControl *control = bale_bs_control(bs);
     const char *node = bdrv_get_node_name(bs);
@@ -416,7 +441,7 @@ bool bale_job_start(const char *job_id, BlockDriverState *bs, BaleJobKind kind,
         error_setg(errp, "Node '%s' is inactive", node);
         return false;
     }
-    if (kind == BALE_JOB_COMPACT && bdrv_is_read_only(bs)) {
+    if (kind != BALE_JOB_VERIFY && bdrv_is_read_only(bs)) {
         error_setg(errp, "Node '%s' is read-only", node);
         return false;
     }
@@ -431,6 +456,7 @@ bool bale_job_start(const char *job_id, BlockDriverState *bs, BaleJobKind kind,
     j->control = control;
     j->store = bale_bs_store(bs);
     j->kind = kind;
+    j->image = g_strdup(image);
     j->findings_tail = &j->findings;
     qemu_mutex_init(&j->lock);
     qemu_cond_init(&j->cond);
@@ -448,7 +474,7 @@ const char *bale_job_id(BaleJob *job)
 
 bool bale_job_writes(BaleJob *job)
 {
-    return job->kind == BALE_JOB_COMPACT;
+    return job->kind != BALE_JOB_VERIFY;
 }
 
 /* --- the node's side --- */

@@ -296,7 +296,7 @@ static void checkpoint_blocking(void *opaque)
 {
     CheckpointRun *run = opaque;
 
-    run->ok = bale_store_checkpoint(run->store, &run->err);
+    run->ok = bale_store_checkpoint_running(run->store, &run->err);
 }
 
 void coroutine_fn qmp_bale_checkpoint(const char *node_name, Error **errp)
@@ -339,7 +339,8 @@ void qmp_bale_reset_stats(const char *node_name, Error **errp)
     aio_context_release(ctx);
 }
 
-void qmp_bale_set(const char *node_name, bool has_space_threshold,
+void qmp_bale_set(const char *node_name, bool has_cache_size,
+                  uint64_t cache_size, bool has_space_threshold,
                   uint64_t space_threshold, bool has_speed, uint64_t speed,
                   Error **errp)
 {
@@ -351,6 +352,9 @@ void qmp_bale_set(const char *node_name, bool has_space_threshold,
     }
     ctx = bdrv_get_aio_context(bs);
     aio_context_acquire(ctx);
+    if (has_cache_size) {
+        bale_store_set_cache_size(bale_bs_store(bs), cache_size);
+    }
     if (has_speed) {
         qatomic_set(&bale_bs_control(bs)->speed, speed);
     }
@@ -361,8 +365,9 @@ void qmp_bale_set(const char *node_name, bool has_space_threshold,
 }
 
 static void start_job(const char *job_id, const char *node_name,
-                      BaleJobKind kind, bool has_speed, uint64_t speed,
-                      bool auto_finalize, bool auto_dismiss, Error **errp)
+                      BaleJobKind kind, const char *image, bool has_speed,
+                      uint64_t speed, bool auto_finalize, bool auto_dismiss,
+                      Error **errp)
 {
     BlockDriverState *bs = bale_find_node(node_name, errp);
     int flags = (auto_finalize ? 0 : JOB_MANUAL_FINALIZE) |
@@ -374,7 +379,7 @@ static void start_job(const char *job_id, const char *node_name,
     }
     ctx = bdrv_get_aio_context(bs);
     aio_context_acquire(ctx);
-    bale_job_start(job_id, bs, kind, flags,
+    bale_job_start(job_id, bs, kind, image, flags,
                    has_speed ? speed
                              : qatomic_read(&bale_bs_control(bs)->speed),
                    errp);
@@ -386,7 +391,7 @@ void qmp_bale_compact(const char *job_id, const char *node_name,
                       bool auto_finalize, bool has_auto_dismiss,
                       bool auto_dismiss, Error **errp)
 {
-    start_job(job_id, node_name, BALE_JOB_COMPACT, has_speed, speed,
+    start_job(job_id, node_name, BALE_JOB_COMPACT, NULL, has_speed, speed,
               !has_auto_finalize || auto_finalize,
               !has_auto_dismiss || auto_dismiss, errp);
 }
@@ -396,7 +401,17 @@ void qmp_bale_verify(const char *job_id, const char *node_name,
                      bool auto_finalize, bool has_auto_dismiss,
                      bool auto_dismiss, Error **errp)
 {
-    start_job(job_id, node_name, BALE_JOB_VERIFY, has_speed, speed,
+    start_job(job_id, node_name, BALE_JOB_VERIFY, NULL, has_speed, speed,
+              !has_auto_finalize || auto_finalize,
+              !has_auto_dismiss || auto_dismiss, errp);
+}
+
+void qmp_bale_image_flatten(const char *job_id, const char *node_name,
+                            const char *image, bool has_auto_finalize,
+                            bool auto_finalize, bool has_auto_dismiss,
+                            bool auto_dismiss, Error **errp)
+{
+    start_job(job_id, node_name, BALE_JOB_FLATTEN, image, false, 0,
               !has_auto_finalize || auto_finalize,
               !has_auto_dismiss || auto_dismiss, errp);
 }

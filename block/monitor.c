@@ -95,7 +95,9 @@ static const OurDriver our_drivers[] = {
 };
 
 /* In the order of BaleJobType. */
-static const char *const job_type_names[] = { "bale-compact", "bale-verify" };
+static const char *const job_type_names[] = {
+    "bale-compact", "bale-verify", "bale-flatten",
+};
 
 static const OurDriver *find_driver(const QDict *options)
 {

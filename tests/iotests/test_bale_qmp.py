@@ -115,6 +115,14 @@ class QueryTest(Base):
             qemu.command('bale-flush', node_name='a')
             stats = self.info(qemu)['stats']
             self.assertEqual(stats['durable-bytes'], stats['tail-bytes'])
+            self.assertGreater(stats['cache-max-bytes'], 8 * MIB)
+            qemu.command('bale-set', node_name='a', cache_size=8 * MIB)
+            self.io(qemu, 'read -P 7 64k 64k')
+            self.assertEqual(self.info(qemu)['stats']['cache-max-bytes'],
+                             8 * MIB)
+            for size in (0, (1 << 63) - 1, 16 * MIB):
+                qemu.command('bale-set', node_name='a', cache_size=size)
+                self.io(qemu, 'read -P 7 64k 64k', 'read -P 7 0 64k')
             qemu.command('bale-reset-stats', node_name='a')
             stats = self.info(qemu)['stats']
             self.assertEqual((stats['writes'], stats['write-ns']), (0, []))
@@ -140,7 +148,8 @@ class QueryTest(Base):
             with self.subTest(program), Qemu(program) as qemu:
                 ours = {'query-bale', 'bale-flush', 'bale-checkpoint',
                         'bale-reset-stats', 'bale-set', 'bale-compact',
-                        'bale-verify'}
+                        'bale-verify', 'bale-image-list',
+                        'bale-image-flatten'}
                 names = {c['name'] for c in qemu.command('query-commands')}
                 self.assertLessEqual(ours, names)
                 schema = {e['name']: e
@@ -152,10 +161,11 @@ class QueryTest(Base):
                 jobs = [e for e in schema.values() if e['meta-type'] == 'enum'
                         and 'snapshot-save' in e['values']]
                 self.assertEqual(len(jobs), 1)
-                self.assertLessEqual({'bale-compact', 'bale-verify'},
-                                     set(jobs[0]['values']))
+                self.assertLessEqual(
+                    {'bale-compact', 'bale-verify', 'bale-flatten'},
+                    set(jobs[0]['values']))
 
-    def test_checkpoint_makes_the_file_a_clean_store(self):
+    def test_checkpoint_is_where_recovery_begins(self):
         create('a.bale', '16M')
         with Qemu(SYSTEM) as qemu:
             self.add(qemu)
@@ -166,6 +176,7 @@ class QueryTest(Base):
             self.assertGreater(self.info(qemu)['stats']['checkpoints'], 0)
         with Qemu(SYSTEM) as qemu:
             self.add(qemu, 'copy.bale', **{'read-only': True})
+            # There is nothing behind the checkpoint
             self.assertEqual(self.info(qemu)['store']['recovered-records'], 0)
             self.io(qemu, 'read -P 7 0 1M')
             self.assertIn('is read-only', self.fails(
@@ -242,6 +253,57 @@ class ImageTest(Base):
                          image='', snapshot='s')
             qemu.command('bale-image-delete', node_name='a', image='old')
             self.io(qemu, 'read -P 8 0 1M')
+        check('a.bale')
+
+    def test_flatten(self):
+        for program in (DAEMON, SYSTEM):
+            if os.path.exists('a.bale'):
+                os.remove('a.bale')
+            create('a.bale', '16M')
+            io('a.bale', 'write -q -P 7 0 4M')
+            with self.subTest(program), Qemu(program) as qemu:
+                self.add(qemu)
+                qemu.command('bale-image-snapshot', node_name='a', image='',
+                             snapshot='s')
+                self.assertEqual(self.listed(qemu)['']['layers'], 2)
+                qemu.command('bale-image-flatten', job_id='j', node_name='a',
+                             image='')
+                self.assertIsNone(self.wait_job(qemu, 'j'))
+                self.assertEqual(self.listed(qemu)['']['layers'], 1)
+                qemu.command('bale-image-flatten', job_id='j', node_name='a',
+                             image='none', auto_dismiss=False)
+                self.assertIsNotNone(self.wait_job(qemu, 'j'))
+                self.assertIsNone(self.verify(qemu))
+            check('a.bale')
+            io('a.bale', 'read -P 7 0 4M', 'read -P 0 4M 4M')
+
+    def test_flatten_meets_writes_and_pauses(self):
+        create('a.bale', '64M')
+        io('a.bale', 'write -q -P 7 0 64M')
+        with Qemu(SYSTEM) as qemu:
+            self.add(qemu)
+            for i in range(3):
+                qemu.command('bale-image-snapshot', node_name='a', image='',
+                             snapshot=f's{i}')
+                self.io(qemu, f'write -P {i} {i}M 1M')
+                qemu.command('bale-image-flatten', job_id='j', node_name='a',
+                             image='')
+                self.io(qemu, f'write -P {i} {i + 10}M 1M')
+                for verb in ('pause', 'resume'):
+                    # It may have ended
+                    try:
+                        qemu.command(f'job-{verb}', id='j')
+                    except QmpError:
+                        pass
+                self.io(qemu, f'write -P {i} {i + 20}M 1M')
+                if i == 1:
+                    try:
+                        qemu.command('job-cancel', id='j')
+                    except QmpError:
+                        pass
+                self.wait_job(qemu, 'j')
+            self.io(qemu, *(f'read -P {i} {i + n}M 1M' for i in range(3)
+                            for n in (0, 10, 20)), 'read -P 7 30M 34M')
         check('a.bale')
 
     def verify(self, qemu):

@@ -36,7 +36,8 @@ OUR_COMMANDS = ['query-bale', 'bale-flush', 'bale-checkpoint',
                 'bale-image-list', 'bale-image-create', 'bale-image-delete',
                 'bale-image-rename', 'bale-image-set-read-only',
                 'bale-image-clone', 'bale-image-snapshot',
-                'bale-image-snapshot-delete', 'bale-image-rollback']
+                'bale-image-snapshot-delete', 'bale-image-rollback',
+                'bale-image-flatten']
 IMAGES = ['', '', 'one', 'two', 'two', 'x' * 255, 'x' * 256, 'a@b', 'ä']
 BLOCK_COMMANDS = ['blockdev-add', 'blockdev-reopen', 'blockdev-del',
                   'blockdev-create', 'x-blockdev-amend', 'blockdev-mirror',
@@ -221,7 +222,7 @@ class Fuzzer:
                 self.definition() for _ in range(rng.randrange(1, 3))]}),
             *[lambda: (rng.choice(OUR_COMMANDS), {'node-name': node()})] * 3,
             lambda: ('bale-set', {'node-name': node(), **self.some(
-                speed=self.size, space_threshold=self.size,
+                0.5, speed=self.size, space_threshold=self.size,
                 cache_size=self.size)}),
             *[lambda: (rng.choice(['bale-compact', 'bale-verify']),
                        self.our_job())] * 3,
@@ -231,6 +232,8 @@ class Fuzzer:
             *[lambda: (rng.choice(['job-pause', 'job-resume', 'job-dismiss',
                                    'job-finalize', 'job-complete']),
                        {'id': rng.choice(self.jobs)})] * 2,
+            lambda: ('bale-image-flatten', self.job(**{
+                'node-name': node(), 'image': ''})),
             lambda: ('block-stream', self.job(device=node())),
             lambda: ('block-commit', self.job(device=node())),
             lambda: ('blockdev-mirror', self.job(
