@@ -32,6 +32,9 @@ BlockDriverState *bale_find_node(const char *node_name, Error **errp);
 /* What @bs, a bale node, keeps for the monitor. */
 BaleControl *bale_bs_control(BlockDriverState *bs);
 
+/* As reopening @bs, a bale node, with another cache-size does. */
+void bale_bs_set_cache_size(BlockDriverState *bs, uint64_t bytes);
+
 /*
  * Run a blocking function of the engine as bale_bridge_run() does; transfers of
  * the store pass meanwhile even if the node is drained.

@@ -353,7 +353,7 @@ void qmp_bale_set(const char *node_name, bool has_cache_size,
     ctx = bdrv_get_aio_context(bs);
     aio_context_acquire(ctx);
     if (has_cache_size) {
-        bale_store_set_cache_size(bale_bs_store(bs), cache_size);
+        bale_bs_set_cache_size(bs, cache_size);
     }
     if (has_speed) {
         qatomic_set(&bale_bs_control(bs)->speed, speed);

@@ -93,6 +93,14 @@ BaleControl *bale_bs_control(BlockDriverState *bs)
     return &s->control;
 }
 
+void bale_bs_set_cache_size(BlockDriverState *bs, uint64_t bytes)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    s->cache_size = bytes;
+    bale_store_set_cache_size(s->store, bytes);
+}
+
 void bale_bs_busy_begin(BlockDriverState *bs)
 {
     BDRVBaleState *s = bs->opaque;

@@ -34,13 +34,19 @@ class Qemu:
         else:
             monitor = ['-machine', 'none', '-nodefaults', '-display', 'none',
                        '-qmp', f'unix:{self.path},server=on,wait=off']
-        # The monitor first: storage-daemon obeys its options in order
-        self.process = Background(BALE, 'run', program, *monitor, *args)
+        # The monitor first: storage-daemon obeys its options in order. It may
+        # not be spoken to before it has done so: 7.2's monitor is then still on
+        # its way to another thread, and both would read what comes.
+        self.pid_file = self.path + '.pid'
+        pid_option = ['-pidfile' if 'system' in program else '--pidfile',
+                      self.pid_file]
+        self.process = Background(BALE, 'run', program, *monitor, *args,
+                                  *pid_option)
         self.events = collections.deque()
         self.socket = self.stream = None
 
     def __enter__(self):
-        wait_until(lambda: os.path.exists(self.path) or
+        wait_until(lambda: os.path.exists(self.pid_file) or
                    not self.process.running(), 'QMP socket')
         try:
             self.socket = socket.socket(socket.AF_UNIX)

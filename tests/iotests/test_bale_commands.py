@@ -92,7 +92,10 @@ class NodeTest(Base):
                 # The backing node goes and comes back
                 qemu.command('blockdev-reopen', **reopen(backing=None))
                 qemu.command('blockdev-reopen', **reopen())
-                for more, words in (({'cache-size': MIB}, 'cache-size'),
+                options['cache-size'] = MIB
+                qemu.command('blockdev-reopen', **reopen())
+                for more, words in (({'compression-threads': 5},
+                                     'compression-threads'),
                                     ({'nonsense': 1}, 'nonsense'),
                                     ({'cache-size': 'x'}, 'cache-size'),
                                     ({'backing': 'none'}, 'none'),
