@@ -2,10 +2,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A file system that goes down under a store that is being written: ext4 and
 xfs on a loop device, shut down with and without their log being written, then
-unmounted, mounted and read. What a flush acknowledged is there."""
+unmounted, mounted and read. What a flush acknowledged is there.
+
+fdatasync of ext4 may succeed in the moment of a shutdown, for a write through
+the page cache whose extent it can convert no more: 30 lines of C without Bale
+lose such writes. In a real crash nobody lives to see that. So on ext4 only
+what was acknowledged before the shutdown began counts.
+"""
 
 import contextlib
 import os
+import shutil
 import time
 
 import bale_iotests
@@ -22,6 +29,8 @@ GOOD, LEAKS = 0, 3
 class FileSystemCase(bale_iotests.TestCase):
 
     kind = None
+    # Do acknowledgements count that came after the shutdown had begun?
+    strict = True
 
     @contextlib.contextmanager
     def file_system(self):
@@ -88,13 +97,15 @@ class Tests:
                     wait_until(lambda: 'running' in load.output() or
                                not load.running(), 'the load')
                     time.sleep(self.random.random() * 0.6)
+                    shutil.copy('state', 'before')
                     self.shut_down()
                     # It goes on against the dead file system for a while
                     time.sleep(self.random.random() * 0.2)
                     load.kill()
                     self.assertNotIn('WRONG', load.output())
                 self.crash_and_mount()
-                result = run(STRESS, 'verify', 'mnt/s.bale', 'state')
+                result = run(STRESS, 'verify', 'mnt/s.bale', 'state',
+                             *([] if self.strict else ['--before', 'before']))
                 self.assertEqual(result.status, 0, str(result))
                 proven += int(result.out.split(' proven')[0].split()[-1])
                 self.check_store('mnt/s.bale')
@@ -121,9 +132,12 @@ class Tests:
                     wait_until(lambda: os.path.exists('nbd.sock') or
                                not server.running(), 'qemu-nbd')
                     self.assertTrue(server.running(), server.output())
-                    client = NbdClient(self.path('nbd.sock'), oracle)
+                    down = []
+                    client = NbdClient(self.path('nbd.sock'), oracle,
+                                       lambda down=down: len(down))
                     for _ in range(self.random.randrange(10, 200)):
                         client.random_request(self.random)
+                    down.append(True)
                     self.shut_down()
                     for _ in range(30):
                         client.random_request(self.random)
@@ -138,7 +152,7 @@ class Tests:
                 self.check_store('mnt/s.bale')
                 bale('export', 'mnt/s.bale', 'out.raw', check=0)
                 with open('out.raw', 'rb') as file:
-                    oracle.verify(file.read())
+                    oracle.verify(file.read(), None if self.strict else 0)
                 oracle.settle()
             flushes = oracle.flushes
         print(f'# {self.kind}: {count} crashes, {flushes} flushes '
@@ -147,6 +161,7 @@ class Tests:
 
 class Ext4Test(Tests, FileSystemCase):
     kind = 'ext4'
+    strict = False
 
 
 class XfsTest(Tests, FileSystemCase):

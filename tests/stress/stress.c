@@ -114,6 +114,7 @@ struct Load {
 };
 
 static gboolean opt_buffered, opt_compact, opt_errors, opt_quiet;
+static char *opt_before;
 static gint64 opt_seed = 1;
 static int opt_phase_ops = PHASE_OPS_MAX;
 
@@ -509,6 +510,23 @@ static bool sector_allowed(const State *state, unsigned lane, uint32_t sector,
     return match >= floor;
 }
 
+/* Forget what was acknowledged later than @before was copied of @state. */
+static void state_forget_later(State *state, const State *before)
+{
+    for (unsigned lane = 0; lane < LANES; lane++) {
+        state->lanes[lane].durable = before->lanes[lane].durable;
+        for (unsigned i = 0; i < OPS_MAX; i++) {
+            if (i >= before->lanes[lane].issued ||
+                before->ops[lane][i].state != OP_DURABLE) {
+                uint8_t durable = OP_DURABLE;
+
+                atomic_compare_exchange_strong(&state->ops[lane][i].state,
+                                               &durable, OP_DONE);
+            }
+        }
+    }
+}
+
 static int stress_verify(const char *path, State *state)
 {
     BaleImage *image;
@@ -520,6 +538,9 @@ static int stress_verify(const char *path, State *state)
     BaleStoreInfo info;
     GError *err = NULL;
 
+    if (opt_before) {
+        state_forget_later(state, state_map(opt_before, false));
+    }
     for (unsigned lane = 0; lane < LANES; lane++) {
         uint64_t first = (uint64_t)lane * LANE_SECTORS;
         int ret = bale_image_read_sync(image, first * SECTOR, buf,
@@ -619,6 +640,9 @@ int main(int argc, char **argv)
           "Compact beside the load", NULL },
         { "errors", 0, 0, G_OPTION_ARG_NONE, &opt_errors,
           "Go on after a request that fails", NULL },
+        { "before", 0, 0, G_OPTION_ARG_FILENAME, &opt_before,
+          "verify: only what STATE says was acknowledged in this copy of it",
+          "COPY" },
         { "quiet", 0, 0, G_OPTION_ARG_NONE, &opt_quiet,
           "Do not print errors that are allowed", NULL },
         G_OPTION_ENTRY_NULL
