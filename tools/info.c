@@ -75,6 +75,8 @@ static const Counter store_counters[] = {
     STORE_COUNTER("readahead-hits", readahead_hits),
     STORE_COUNTER("checkpoints", checkpoints),
     STORE_COUNTER("checkpoint-bytes", checkpoint_bytes),
+    STORE_COUNTER("checkpoint-ns", checkpoint_ns),
+    STORE_COUNTER("checkpoints-failed", checkpoints_failed),
     STORE_COUNTER("compacted-pages", compacted_pages),
     STORE_COUNTER("compacted-records", compacted_records),
     STORE_COUNTER("compacted-bytes", compacted_bytes),

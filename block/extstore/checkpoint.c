@@ -545,10 +545,6 @@ static void writer_settle(CheckpointWriter *w)
     g_array_free(s->previous, TRUE);
     s->previous = s->checkpoint;
     s->checkpoint = g_steal_pointer(&w->records);
-    if (BALE_PLANTED(fallback_freed)) {
-        checkpoint_forget(s, s->previous);
-        g_array_set_size(s->previous, 0);
-    }
 
     pthread_mutex_lock(&s->log_lock);
     s->stats.checkpoints++;

@@ -48,7 +48,6 @@ enum {
     BALE_PLANTED_checkpoint_not_flushed,
     BALE_PLANTED_mark_not_awaited,
     BALE_PLANTED_tail_too_short,
-    BALE_PLANTED_fallback_freed,
 };
 
 #ifndef BALE_PLANTED_BUG
