@@ -26,6 +26,7 @@
 
 #define BALE_OPT_COMPRESSION_LEVEL "compression_level"
 #define BALE_OPT_PAGE_SIZE         "page_size"
+#define BALE_OPT_IMAGE             "image"
 
 /*
  * For bale_measure(), which needs an upper bound rather than the format's own
@@ -74,6 +75,11 @@ QemuOptsList bale_create_opts = {
             .help = "Level of the compression (default: its own default)",
         },
         {
+            .name = BALE_OPT_IMAGE,
+            .type = QEMU_OPT_STRING,
+            .help = "Name of the image in the store (default: none)",
+        },
+        {
             .name = BALE_OPT_PAGE_SIZE,
             .type = QEMU_OPT_SIZE,
             .help = "Unit of allocation in the file, a multiple of 2M "
@@ -88,12 +94,14 @@ typedef struct BaleCreateParams {
     BaleCreateOptions o;
     char *backing_file;
     char *backing_format;
+    char *image;
 } BaleCreateParams;
 
 static void bale_create_params_clear(BaleCreateParams *p)
 {
     g_free(p->backing_file);
     g_free(p->backing_format);
+    g_free(p->image);
 }
 
 /*
@@ -140,6 +148,8 @@ static int bale_parse_create_opts(QemuOpts *opts, BaleCreateParams *p,
     }
     p->backing_file = qemu_opt_get_del(opts, BLOCK_OPT_BACKING_FILE);
     p->backing_format = qemu_opt_get_del(opts, BLOCK_OPT_BACKING_FMT);
+    p->image = qemu_opt_get_del(opts, BALE_OPT_IMAGE);
+    p->o.image = p->image;
     p->o.backing_file = p->backing_file;
     p->o.backing_format = p->backing_format;
     if (!bale_create_options_check(&p->o, &err)) {

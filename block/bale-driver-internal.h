@@ -1,6 +1,7 @@
 /*
- * Callbacks of the format driver that lie in bale-create.c, for its table in
- * bale.c.  QEMU's block_int-common.h says how each is called.
+ * Callbacks of the format driver that lie in bale-create.c and
+ * bale-snapshot.c, for its table in bale.c.  QEMU's block_int-common.h says how
+ * each is called.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -19,6 +20,13 @@ int coroutine_fn bale_co_create_opts(BlockDriver *drv, const char *filename,
 /* overlay/specific.c: only in a QEMU that the driver is built into. */
 ImageInfoSpecific *bale_get_specific_info(BlockDriverState *bs, Error **errp);
 BlockStatsSpecific *bale_get_specific_stats(BlockDriverState *bs);
+
+/* bale-snapshot.c */
+int bale_snapshot_bs_create(BlockDriverState *bs, QEMUSnapshotInfo *sn);
+int bale_snapshot_bs_goto(BlockDriverState *bs, const char *snapshot_id);
+int bale_snapshot_bs_delete(BlockDriverState *bs, const char *snapshot_id,
+                            const char *name, Error **errp);
+int bale_snapshot_bs_list(BlockDriverState *bs, QEMUSnapshotInfo **out);
 
 BlockMeasureInfo *bale_measure(QemuOpts *opts, BlockDriverState *in_bs,
                                Error **errp);

@@ -40,6 +40,7 @@
 
 #define BALE_OPT_CACHE_SIZE          "cache-size"
 #define BALE_OPT_COMPRESSION_THREADS "compression-threads"
+#define BALE_OPT_IMAGE               "image"
 
 /* Reports of damage that one open node makes before it falls silent. */
 #define DAMAGE_REPORTS_MAX 16
@@ -58,6 +59,7 @@ typedef struct BDRVBaleState {
     /* Runtime options, from bdrv_open() on. */
     uint64_t cache_size;
     unsigned workers;
+    char *image_name; /* IMAGE[@SNAPSHOT]; NULL: the unnamed one */
 
     /* For notices, which may be told when the node is gone. */
     char *node_name;
@@ -249,6 +251,7 @@ void bale_bs_run(BlockDriverState *bs, BaleBlockingFunc *fn, void *opaque)
 
 typedef struct EngineOpen {
     BaleDevice *device;
+    const char *image_name;
     BaleOpenOptions options;
     BaleStore *store;
     BaleImage *image;
@@ -266,7 +269,7 @@ static void engine_open_blocking(void *opaque)
         bale_device_close(o->device);
         return;
     }
-    o->image = bale_image_open(o->store, NULL, &o->err);
+    o->image = bale_image_open(o->store, o->image_name, &o->err);
     if (!o->image) {
         bale_store_close(o->store, NULL);
         o->store = NULL;
@@ -304,6 +307,7 @@ static int engine_open(BlockDriverState *bs, bool read_only,
         return -EINVAL;
     }
     o.device = bale_bdrv_device_get(s->dev);
+    o.image_name = s->image_name;
 
     engine_run(bs, engine_open_blocking, &o);
     if (!o.store) {
@@ -413,6 +417,12 @@ static QemuOptsList bale_runtime_opts = {
             .help = "Threads that compress and decompress "
                     "(default: one for each core)",
         },
+        {
+            .name = BALE_OPT_IMAGE,
+            .type = QEMU_OPT_STRING,
+            .help = "IMAGE or IMAGE@SNAPSHOT in the store "
+                    "(default: the unnamed image)",
+        },
         { /* end of list */ }
     },
 };
@@ -437,6 +447,7 @@ static int bale_read_options(BDRVBaleState *s, QDict *options, Error **errp)
     s->workers = workers;
     s->cache_size = qemu_opt_get_size(opts, BALE_OPT_CACHE_SIZE,
                                       BALE_CACHE_SIZE_DEFAULT);
+    s->image_name = g_strdup(qemu_opt_get(opts, BALE_OPT_IMAGE));
     ret = 0;
 
 out:
@@ -483,9 +494,17 @@ static int bale_open(BlockDriverState *bs, QDict *options, int flags,
                            bs->file->bs->filename : s->node_name);
     ret = engine_open(bs, !(flags & BDRV_O_RDWR) || (flags & BDRV_O_INACTIVE),
                       &info, errp);
+    if (ret == 0 && info.read_only && (flags & BDRV_O_RDWR)) {
+        ret = bdrv_apply_auto_read_only(bs, "The image can only be read",
+                                        errp);
+        if (ret < 0) {
+            engine_close(bs, NULL);
+        }
+    }
     if (ret < 0) {
         g_free(s->node_name);
         g_free(s->filename);
+        g_free(s->image_name);
         return ret;
     }
 
@@ -507,6 +526,7 @@ static void bale_close(BlockDriverState *bs)
     if (engine_close(bs, &err) < 0) {
         error_reportf_err(err, "bale: '%s': closing: ", s->filename);
     }
+    g_free(s->image_name);
     g_free(s->node_name);
     g_free(s->filename);
 }
@@ -1140,6 +1160,50 @@ static int bale_make_empty(BlockDriverState *bs)
 }
 
 /*
+ * --- Another image of the store
+ */
+
+typedef struct EngineSwitch {
+    BaleStore *store;
+    BaleImage *image;
+    char *name;
+    BaleImage *opened;
+    GError *err;
+} EngineSwitch;
+
+static void engine_switch_blocking(void *opaque)
+{
+    EngineSwitch *c = opaque;
+
+    c->opened = bale_image_open(c->store, c->name, &c->err);
+    if (c->opened) {
+        bale_image_close(c->image);
+    }
+}
+
+/* Show a snapshot from now on; the node is read-only. */
+static int bale_snapshot_load_tmp(BlockDriverState *bs,
+                                  const char *snapshot_id, const char *name,
+                                  Error **errp)
+{
+    BDRVBaleState *s = bs->opaque;
+    g_autofree char *full =
+        g_strdup_printf("%s@%s", s->image_name ?: "", snapshot_id ?: name);
+    EngineSwitch c = { s->store, s->image, full, NULL, NULL };
+
+    engine_run(bs, engine_switch_blocking, &c);
+    if (!c.opened) {
+        return bale_bridge_error(c.err, errp);
+    }
+    s->image = c.opened;
+    bale_image_set_backing_read(s->image, backing_read, bs);
+    bale_image_set_backing_present(s->image, backing_present);
+    bs->total_sectors = DIV_ROUND_UP(bale_image_size(s->image),
+                                     BDRV_SECTOR_SIZE);
+    return 0;
+}
+
+/*
  * --- Check
  */
 
@@ -1272,6 +1336,12 @@ static BlockDriver bdrv_bale = {
     .bdrv_make_empty                 = bale_make_empty,
     .bdrv_has_zero_init              = bale_has_zero_init,
     .bdrv_co_check                   = bale_co_check,
+
+    .bdrv_snapshot_create            = bale_snapshot_bs_create,
+    .bdrv_snapshot_goto              = bale_snapshot_bs_goto,
+    .bdrv_snapshot_delete            = bale_snapshot_bs_delete,
+    .bdrv_snapshot_list              = bale_snapshot_bs_list,
+    .bdrv_snapshot_load_tmp          = bale_snapshot_load_tmp,
 
     .bdrv_co_create_opts             = bale_co_create_opts,
     .bdrv_measure                    = bale_measure,

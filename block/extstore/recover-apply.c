@@ -81,9 +81,14 @@ static int scan_catalogue(Scan *scan, const ScanEntry *e, BaleCatalogue **cat)
 }
 
 /*
- * Make the layers of the newest catalogue, each as large as it ever was, by
- * itself or by what was merged into it: what older records say is applied
- * before the image became smaller.
+ * Make the layers of the newest catalogue (or of what a checkpoint has loaded
+ * those), each as large as it ever was, by itself or by what was merged into
+ * it: what older records say is applied before the image became smaller.  Not
+ * catalogue by catalogue: those between the first and the newest may be gone,
+ * and records count that only they would have had a place for.
+ *
+ * What is stale in a child still hides its parent, when they are merged here:
+ * something of the child was there, and what became of it is in the tail.
  */
 static int apply_make_layers(Scan *scan)
 {
@@ -97,8 +102,9 @@ static int apply_make_layers(Scan *scan)
         ScanEntry *e = &g_array_index(scan->entries, ScanEntry, i);
         BaleCatalogue *cat;
 
-        if (e->dropped || (e->type != BALE_RECORD_IMAGE &&
-                           e->type != BALE_RECORD_CATALOGUE)) {
+        if (e->dropped || apply_is_old(scan, e) ||
+            (e->type != BALE_RECORD_IMAGE &&
+             e->type != BALE_RECORD_CATALOGUE)) {
             continue;
         }
         ret = scan_catalogue(scan, e, &cat);
@@ -114,6 +120,11 @@ static int apply_make_layers(Scan *scan)
     }
     if (!newest) {
         return 0;
+    }
+    if (scan->from) {
+        scan->catalogue = bale_catalogue_copy(s->catalogue);
+        g_array_append_vals(seen, s->catalogue->layers->data,
+                            s->catalogue->layers->len);
     }
     ret = bale_catalogue_install(s, newest);
     for (guint i = 0; ret == 0 && i < seen->len; i++) {
@@ -174,7 +185,7 @@ static int apply_catalogue(Scan *scan, const ScanEntry *e)
 
         if (then && now->size < then->size) {
             apply_tombstone(scan, e);
-        } else if (then && now->size > then->size) {
+        } else if (then && now->size > then->size && scan->catalogue_entry) {
             /* What was larger before that may be gone by now. */
             apply_tombstone(scan, scan->catalogue_entry);
         }
@@ -197,51 +208,16 @@ static int apply_drop_stale(Scan *scan)
 
     for (guint i = 0; stale && ret == 0 && i < stale->len; i++) {
         StaleCluster *c = &g_array_index(stale, StaleCluster, i);
-        BaleLayer *layer = bale_layer_get(scan->s, c->layer);
+        uint64_t clusters;
+        BaleLayer *layer = bale_layer_of_record(scan->s, c->layer, &clusters);
 
-        if (layer && bale_layer_find(layer, c->cluster) == VALUE_STALE) {
+        if (layer && c->cluster < clusters &&
+            bale_layer_find(layer, c->cluster) == VALUE_STALE) {
             ret = bale_layer_index_set(layer, c->cluster, 0, NULL);
         }
     }
     if (stale && ret == 0) {
         g_array_set_size(stale, 0);
-    }
-    return ret;
-}
-
-/*
- * A catalogue of the tail comes into force.  What is still stale then was
- * dropped, or is replaced by something younger: a layer that is merged may not
- * take it for a cluster.
- */
-static int apply_next_catalogue(Scan *scan, const ScanEntry *e)
-{
-    BaleStore *s = scan->s;
-    BaleCatalogue *cat;
-    int ret = scan_catalogue(scan, e, &cat);
-
-    if (ret < 0) {
-        return ret == -ENOENT ? 0 : ret;
-    }
-    for (guint i = 0; i < cat->layers->len; i++) {
-        BaleLayerEntry *now = &g_array_index(cat->layers, BaleLayerEntry, i);
-        BaleLayerEntry *then = bale_catalogue_layer(s->catalogue, now->id);
-
-        if (then && now->size < then->size) {
-            apply_tombstone(scan, e);
-        } else if (then && now->size > then->size && scan->catalogue_entry) {
-            apply_tombstone(scan, scan->catalogue_entry);
-        }
-    }
-    ret = apply_drop_stale(scan);
-    if (ret < 0) {
-        bale_catalogue_free(cat);
-        return ret;
-    }
-    ret = bale_catalogue_install(s, cat);
-    if (ret == 0) {
-        s->catalogue_address = e->address;
-        scan->catalogue_entry = e;
     }
     return ret;
 }
@@ -289,10 +265,7 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
     case BALE_RECORD_IMAGE:
     case BALE_RECORD_CATALOGUE:
         p->bucket = BALE_BUCKET_META;
-        if (!scan->from) {
-            return apply_catalogue(scan, e);
-        }
-        return apply_is_old(scan, e) ? 0 : apply_next_catalogue(scan, e);
+        return apply_is_old(scan, e) ? 0 : apply_catalogue(scan, e);
     case BALE_RECORD_DATA:
         if (!layer || e->cluster >= clusters) {
             return 0;
@@ -367,7 +340,7 @@ int bale_scan_apply(Scan *scan)
     int ret = apply_pages(scan);
 
     g_array_sort(scan->entries, entry_compare);
-    if (ret == 0 && !scan->from) {
+    if (ret == 0) {
         ret = apply_make_layers(scan);
     }
     if (ret < 0 || !s->catalogue_address) {

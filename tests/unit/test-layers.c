@@ -143,6 +143,9 @@ static void fixture_reopen(Fixture *f, bool clean)
         g_assert_cmpint(bale_store_flush_sync(f->store), ==, 0);
     }
     image = bale_sim_image(f->dev);
+    if (g_getenv("BALE_SIM_SAVE")) {
+        bale_sim_image_save(image, g_getenv("BALE_SIM_SAVE"), NULL);
+    }
     fixture_close(f);
     f->dev = bale_sim_new_from_image(image, &f->sim);
     fixture_open(f);
@@ -552,6 +555,8 @@ static void random_step(Fixture *f, GRand *rand)
     Model *m = pick(f, rand, op == 4 || op == 5 || op == 6);
 
     random_requests(f, rand);
+    g_test_message("step %d of '%s@%s', new name %s", op, m ? m->name : "",
+                   m && m->snapshot ? m->snapshot : "", name);
     if (!m) {
         return;
     }
@@ -617,7 +622,9 @@ static void random_step(Fixture *f, GRand *rand)
         break;
     default:
         g_assert_cmpint(bale_store_flush_sync(f->store), ==, 0);
-        fixture_reopen(f, g_rand_boolean(rand));
+        op = g_rand_boolean(rand);
+        g_test_message("reopen, %s", op ? "clean" : "killed");
+        fixture_reopen(f, op);
         check_all(f);
         break;
     }
