@@ -581,6 +581,9 @@ static QemuOptsList bale_reopen_opts = {
     },
 };
 
+/* ... and be left out again, which stands for the default. */
+static const char *const bale_mutable_opts[] = { BALE_OPT_CACHE_SIZE, NULL };
+
 typedef struct BaleReopen {
     uint64_t cache_size;
 } BaleReopen;
@@ -1306,6 +1309,7 @@ static BlockDriver bdrv_bale = {
     .bdrv_child_perm                 = bdrv_default_perms,
     .bdrv_inactivate                 = bale_inactivate,
     .bdrv_co_invalidate_cache        = bale_co_invalidate_cache,
+    .mutable_opts                    = bale_mutable_opts,
     .bdrv_reopen_prepare             = bale_reopen_prepare,
     .bdrv_reopen_commit              = bale_reopen_commit,
     .bdrv_reopen_abort               = bale_reopen_abort,

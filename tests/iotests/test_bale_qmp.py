@@ -184,6 +184,22 @@ class QueryTest(Base):
         check('a.bale')
         io('a.bale', 'read -P 8 0 1M')
 
+    def test_the_size_of_the_cache_changes_while_open(self):
+        create('a.bale', 4 * MIB)
+        with Qemu(DAEMON) as qemu:
+            self.add(qemu)
+            for size in (2 * MIB, 0, 64 * MIB):
+                qemu.command('blockdev-reopen', options=[{
+                    'driver': 'bale', 'node-name': 'a', 'file': 'a-file',
+                    'cache-size': size}])
+                info, = qemu.command('query-bale', node_name='a')
+                self.assertEqual(info['stats']['cache-max-bytes'], size)
+            self.assertIn('compression-threads', self.fails(
+                qemu, 'blockdev-reopen', options=[{
+                    'driver': 'bale', 'node-name': 'a', 'file': 'a-file',
+                    'compression-threads': 3}]))
+        check('a.bale')
+
 
 class ImageTest(Base):
     def listed(self, qemu):
