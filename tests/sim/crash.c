@@ -165,7 +165,7 @@ static void crash_options(const Case *c, BaleSimCrashOptions *o)
 static char *second_crash(CrashRun *run, BaleSimImage *image,
                           const Observed *seen)
 {
-    static const char steps[] = "pwdzfus";
+    static const char steps[] = "pwdzfusnevm";
     g_autoptr(GRand) rand = g_rand_new_with_seed(run->c->seed + run->states);
     World *w = world_new(run->w->geo, bale_sim_new_from_image(image, NULL));
     BaleSimCrashOptions o = { .barriers_only = true,
@@ -179,12 +179,7 @@ static char *second_crash(CrashRun *run, BaleSimImage *image,
 
     w->next_value = run->w->next_value + 1000;
     w->story = g_string_new("second session:\n");
-    for (unsigned i = 0; i < w->max_sectors; i++) {
-        oracle_reset(w->oracle, i, i < seen->size ? seen->value[i]
-                                                  : VALUE_ZERO);
-    }
-    oracle_reset(w->oracle, oracle_size(w->oracle), seen->size);
-    oracle_reset(w->oracle, oracle_name(w->oracle), seen->name);
+    oracle_expect(w->oracle, seen, w->max_sectors);
     if (!world_open(w)) {
         world_broken(w, "the recovered store does not open again");
     }

@@ -209,7 +209,7 @@ static char *model_run(Case *c, uint64_t *count)
     w->story = g_string_new(NULL);
     world_start(w, c);
     for (int round = 0; round < ROUNDS && !w->error; round++) {
-        int kind = g_rand_int_range(rand, 0, 6);
+        int kind = g_rand_int_range(rand, 0, 10);
 
         for (int i = 0; i < ROUND_REQUESTS && !w->error; i++) {
             model_request(&m, rand);
@@ -219,7 +219,7 @@ static char *model_run(Case *c, uint64_t *count)
             }
         }
         model_wait(&m, 0);
-        if (!w->error && kind < 4 && !world_step(w, "krsg"[kind])) {
+        if (!w->error && kind < 8 && !world_step(w, "krsgnevm"[kind])) {
             world_broken(w, "step was refused");
         }
         if (!w->error) {

@@ -78,7 +78,7 @@ Oracle *oracle_new(unsigned sectors)
     Oracle *o = g_new0(Oracle, 1);
 
     pthread_mutex_init(&o->lock, NULL);
-    o->tracks = sectors + 2;
+    o->tracks = 2 * sectors + 4;
     o->track = g_new0(Track, o->tracks);
     o->barriers = g_array_new(FALSE, FALSE, sizeof(Barrier));
     for (unsigned i = 0; i < o->tracks; i++) {
@@ -100,10 +100,20 @@ void oracle_free(Oracle *o)
 
 unsigned oracle_size(Oracle *o)
 {
-    return o->tracks - 2;
+    return o->tracks - 4;
 }
 
 unsigned oracle_name(Oracle *o)
+{
+    return o->tracks - 3;
+}
+
+unsigned oracle_snap(Oracle *o)
+{
+    return o->tracks - 2;
+}
+
+unsigned oracle_snap_size(Oracle *o)
 {
     return o->tracks - 1;
 }
@@ -115,19 +125,32 @@ void oracle_reset(Oracle *o, unsigned track, uint32_t value)
     pthread_mutex_unlock(&o->lock);
 }
 
-uint64_t oracle_begin(Oracle *o, unsigned first, unsigned n, uint32_t value,
-                      uint64_t event)
+static uint64_t begin(Oracle *o, unsigned first, unsigned n,
+                      const uint32_t *value, bool each, uint64_t event)
 {
-    Entry e = { .value = value, .ended = EVENT_NEVER, .event = event,
+    Entry e = { .ended = EVENT_NEVER, .event = event,
                 .durable = EVENT_NEVER };
 
     pthread_mutex_lock(&o->lock);
     e.begun = ++o->moment;
-    for (unsigned i = first; i < first + n; i++) {
-        track_push(&o->track[i], &e);
+    for (unsigned i = 0; i < n; i++) {
+        e.value = value[each ? i : 0];
+        track_push(&o->track[first + i], &e);
     }
     pthread_mutex_unlock(&o->lock);
     return e.begun;
+}
+
+uint64_t oracle_begin(Oracle *o, unsigned first, unsigned n, uint32_t value,
+                      uint64_t event)
+{
+    return begin(o, first, n, &value, false, event);
+}
+
+uint64_t oracle_begin_each(Oracle *o, unsigned first, unsigned n,
+                           const uint32_t *value, uint64_t event)
+{
+    return begin(o, first, n, value, true, event);
 }
 
 void oracle_end(Oracle *o, unsigned first, unsigned n, uint64_t begun,

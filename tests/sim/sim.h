@@ -3,10 +3,12 @@
  *
  *     oracle.c    what may be read, now and after a crash, sector by sector
  *     world.c     a small store on a simulated device; its workloads
+ *     look.c      read everything, compare it with the oracle
  *     verify.c    recover a device's contents and compare with the oracle
  *     crash.c     power cuts at any moment, also inside recovery
  *     fault.c     errors of the device and of the allocator
  *     damage.c    damaged sectors and superblocks
+ *     inline.c    the engine's work, done by whoever waits for it
  *     model.c     parallel requests, checkpoints and crashes, at random
  *     main.c      options, cases, budgets, results
  *
@@ -42,12 +44,17 @@
 
 typedef struct Oracle Oracle;
 
-/* Everything reads as zeroes, durably; @sectors is the most there will be. */
+/*
+ * Everything reads as zeroes, durably; @sectors is the most there will be.
+ * Tracks 0 to @sectors - 1 are the image's, as many after that the snapshot's.
+ */
 Oracle *oracle_new(unsigned sectors);
 void oracle_free(Oracle *o);
-/* Names for the two further things that an oracle follows. */
-unsigned oracle_size(Oracle *o); /* the image's size in sectors */
-unsigned oracle_name(Oracle *o); /* number of the backing file's name */
+/* Further tracks. */
+unsigned oracle_size(Oracle *o);      /* the image's size in sectors */
+unsigned oracle_name(Oracle *o);      /* number of the backing file's name */
+unsigned oracle_snap(Oracle *o);      /* of the snapshot; 0: there is none */
+unsigned oracle_snap_size(Oracle *o); /* the snapshot's size in sectors */
 
 /* All that is there: what was said before is forgotten. */
 void oracle_reset(Oracle *o, unsigned track, uint32_t value);
@@ -57,6 +64,9 @@ void oracle_reset(Oracle *o, unsigned track, uint32_t value);
  */
 uint64_t oracle_begin(Oracle *o, unsigned first, unsigned n, uint32_t value,
                       uint64_t event);
+/* The same, with a value for each. */
+uint64_t oracle_begin_each(Oracle *o, unsigned first, unsigned n,
+                           const uint32_t *value, uint64_t event);
 /* That has ended; with @durable not EVENT_NEVER it survives from there on. */
 void oracle_end(Oracle *o, unsigned first, unsigned n, uint64_t begun,
                 bool ok, uint64_t durable);
@@ -110,10 +120,10 @@ char *case_parse(Case *c, const char *text);
 char *case_text(const Case *c, const char *detail);
 
 /* The letters of all steps, and of those that are enumerated. */
-#define STEPS_ENUMERATED "wopzdfuKksgcbr"
-#define STEPS_SAMPLED "wopzdfuksgcbrwophhhqyfKK"
+#define STEPS_ENUMERATED "wopzdfuKksgcbrnevm"
+#define STEPS_SAMPLED "wopzdfuksgcbrwophhhqyfKKnevm"
 /* What fills and frees pages. */
-#define STEPS_SPACE "hhhhhccwfkrsdKK"
+#define STEPS_SPACE "hhhhhccwfkrsdKKnem"
 const char *step_describe(char step);
 
 typedef struct World {
@@ -137,6 +147,21 @@ typedef struct World {
     char *error;        /* the first broken promise */
 } World;
 
+/* Everything that can be read. */
+typedef struct Observed {
+    uint32_t size;      /* sectors */
+    uint32_t name;
+    uint32_t snap;      /* number of the snapshot, or 0 */
+    uint32_t snap_size; /* sectors, or this */
+#define SNAP_UNREADABLE UINT32_MAX
+    uint32_t *value;    /* of each sector: the image's, then the snapshot's */
+    bool *error;        /* it cannot be read */
+    int ret;            /* the first error, and where it was */
+    unsigned ret_track;
+    bool silent;        /* something cannot be read, and no damage was told */
+    unsigned silent_track;
+} Observed;
+
 /* @sim is transferred.  Nothing is opened. */
 World *world_new(const Geometry *geo, BaleDevice *sim);
 void world_free(World *w);
@@ -149,6 +174,21 @@ bool world_close(World *w);
 bool world_step(World *w, char step);
 /* The oracle expects what is there now, and nothing else. */
 void world_settle(World *w);
+void oracle_expect(Oracle *o, const Observed *seen, unsigned max_sectors);
+/*
+ * After a close that failed, what is there is what a crash could have left,
+ * and from now on reads must answer that.
+ */
+void world_recovered(World *w);
+/* Free @out with observed_clear(). */
+void world_look(World *w, Observed *out);
+void observed_clear(Observed *o);
+void observed_copy(Observed *to, const Observed *from, const World *w);
+/* As oracle_refuses().  NULL, or what is wrong, newly allocated. */
+char *world_compare(World *w, const Observed *seen, uint64_t event,
+                    uint64_t moment, bool unproven);
+uint32_t world_snapshot(World *w);
+BaleBackingRead world_backing_read;
 /* Read all that can be read and compare; @errors_allowed: -EIO is fine. */
 void world_read(World *w, bool errors_allowed);
 void world_broken(World *w, const char *fmt, ...) G_GNUC_PRINTF(2, 3);
@@ -162,13 +202,6 @@ const char *backing_name(uint32_t number);
 uint32_t backing_number(const char *name);
 
 /* --- recovering and comparing --- */
-
-typedef struct Observed {
-    uint32_t size;    /* sectors */
-    uint32_t name;
-    uint32_t *value;  /* of each */
-    bool *error;      /* read with EIO */
-} Observed;
 
 typedef enum VerifyFlags {
     VERIFY_DAMAGE = 1 << 0,   /* errors are fine, if they are reported */
@@ -184,7 +217,6 @@ typedef enum VerifyFlags {
  */
 char *verify_image(World *w, BaleSimImage *image, uint64_t event,
                    unsigned flags, Observed *out);
-void observed_clear(Observed *o);
 
 /* --- classes --- */
 

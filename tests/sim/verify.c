@@ -16,13 +16,6 @@ uint64_t corrupt_states, recovered_states;
 /* Superblock copies that a crash may have torn: one round writes two. */
 #define TORN_SUPERS_MAX 2
 
-void observed_clear(Observed *o)
-{
-    g_free(o->value);
-    g_free(o->error);
-    memset(o, 0, sizeof(*o));
-}
-
 /* --- what was seen before --- */
 
 /* What a state without damage, told by its hash, was found to hold. */
@@ -30,13 +23,6 @@ typedef struct Memo {
     Observed seen;
     bool went_on;
 } Memo;
-
-static void observed_copy(Observed *to, const Observed *from, unsigned n)
-{
-    *to = *from;
-    to->value = g_memdup2(from->value, n * sizeof(*from->value));
-    to->error = g_memdup2(from->error, n * sizeof(*from->error));
-}
 
 static void memo_free(gpointer opaque)
 {
@@ -62,7 +48,7 @@ static void memo_put(World *w, uint64_t hash, const Observed *seen,
     }
     if (!memo && g_hash_table_size(w->memo) < MEMO_MAX) {
         memo = g_new0(Memo, 1);
-        observed_copy(&memo->seen, seen, w->max_sectors);
+        observed_copy(&memo->seen, seen, w);
         g_hash_table_insert(w->memo, g_memdup2(&hash, sizeof(hash)), memo);
     }
     if (memo) {
@@ -72,96 +58,31 @@ static void memo_put(World *w, uint64_t hash, const Observed *seen,
 
 /* --- comparing --- */
 
-static char *refused(World *w, unsigned track, const char *what,
-                     uint32_t value, uint64_t event)
-{
-    g_autofree char *may = oracle_describe(w->oracle, track, event);
-
-    return g_strdup_printf("%s: %" PRIu32 ", should be %s", what, value, may);
-}
-
-/* The first of @n tracks that may not be what it is; or @n. */
-static unsigned refuses(World *w, unsigned first, unsigned n,
-                        const uint32_t *value, uint64_t event, unsigned flags)
-{
-    return (flags & VERIFY_UNPROVEN)
-               ? oracle_refuses_unproven(w->oracle, first, n, value,
-                                         w->proven_event)
-               : oracle_refuses(w->oracle, first, n, value, event, 0);
-}
-
 /* May @seen be after a crash at @event?  What is wrong. */
 static char *compare(World *w, uint64_t event, unsigned flags,
                      const Observed *seen)
 {
-    unsigned size = oracle_size(w->oracle), name = oracle_name(w->oracle);
-
-    if (refuses(w, size, 1, &seen->size, event, flags) < 1) {
-        return refused(w, size, "sectors of the image", seen->size, event);
-    }
-    if (refuses(w, name, 1, &seen->name, event, flags) < 1) {
-        return refused(w, name, "name of the backing file", seen->name,
-                       event);
-    }
-    for (unsigned first = 0; first < seen->size;) {
-        unsigned n = 0, bad;
-
-        while (first + n < seen->size && !seen->error[first + n]) {
-            n++;
-        }
-        bad = refuses(w, first, n, seen->value + first, event, flags);
-        if (bad < n) {
-            g_autofree char *what = g_strdup_printf("sector %u", first + bad);
-
-            return refused(w, first + bad, what, seen->value[first + bad],
-                           event);
-        }
-        first += n + 1;
-    }
-    return NULL;
+    return world_compare(w, seen, event, 0, flags & VERIFY_UNPROVEN);
 }
 
 /* Everything that can be read, into @out; what is wrong with that. */
-static char *observe(World *w, World *v, unsigned flags, Observed *out)
+static char *observe(World *v, unsigned flags, Observed *out)
 {
-    unsigned c = w->cluster_sectors;
-    BaleImageInfo info;
-
-    bale_image_get_info(v->image, &info);
-    out->size = info.size / SECTOR;
-    out->name = backing_number(info.backing_file);
-    out->value = g_new0(uint32_t, w->max_sectors);
-    out->error = g_new0(bool, w->max_sectors);
-    if (out->size > w->max_sectors) {
-        return g_strdup_printf("the image has %u sectors", out->size);
+    world_look(v, out);
+    if (v->error) {
+        return g_strdup(v->error);
     }
-    for (unsigned first = 0; first < out->size; first += c) {
-        unsigned n = MIN(c, out->size - first);
-        int before = g_atomic_int_get(&v->complaints);
-        int ret = bale_image_read_sync(v->image, (uint64_t)first * SECTOR,
-                                       v->buf, n * SECTOR);
-
-        if (ret < 0 && !(flags & VERIFY_DAMAGE)) {
-            return g_strdup_printf("reading sector %u: %s", first,
-                                   g_strerror(-ret));
-        }
-        if (ret < 0 && ret != -EIO) {
-            return g_strdup_printf("reading damage at sector %u: %s and not "
-                                   "EIO", first, g_strerror(-ret));
-        }
-        if (ret < 0 && g_atomic_int_get(&v->complaints) == before) {
-            return g_strdup_printf("damage at sector %u was not reported",
-                                   first);
-        }
-        for (unsigned i = first; i < first + n; i++) {
-            out->error[i] = ret < 0;
-            if (ret == 0) {
-                out->value[i] = world_value(w, v->buf + (i - first) * SECTOR,
-                                            i);
-            }
-        }
+    if (out->ret && !(flags & VERIFY_DAMAGE)) {
+        return g_strdup_printf("reading sector %u: %s", out->ret_track,
+                               g_strerror(-out->ret));
     }
-    return NULL;
+    if (out->ret && out->ret != -EIO) {
+        return g_strdup_printf("reading damage at sector %u: %s and not EIO",
+                               out->ret_track, g_strerror(-out->ret));
+    }
+    return out->silent ? g_strdup_printf("damage at sector %u was not "
+                                         "reported", out->silent_track)
+                       : NULL;
 }
 
 static char *check(World *v, unsigned flags)
@@ -189,12 +110,7 @@ static char *check(World *v, unsigned flags)
 /* The recovered store is a store like any other. */
 static char *go_on(World *w, World *v, const Observed *was)
 {
-    for (unsigned i = 0; i < w->max_sectors; i++) {
-        oracle_reset(v->oracle, i, i < was->size ? was->value[i]
-                                                 : VALUE_ZERO);
-    }
-    oracle_reset(v->oracle, oracle_size(v->oracle), was->size);
-    oracle_reset(v->oracle, oracle_name(v->oracle), was->name);
+    oracle_expect(v->oracle, was, w->max_sectors);
     v->next_value = w->next_value + 100;
     if (!world_step(v, 'p') || !world_step(v, 'f') || !world_step(v, 'q') ||
         !world_step(v, 'r')) {
@@ -221,7 +137,7 @@ static char *verify_open(World *w, World *v, uint64_t event, unsigned flags,
         return world_step(v, 'p') ? g_strdup("a corrupt store is written")
                                   : NULL;
     }
-    error = observe(w, v, flags, out);
+    error = observe(v, flags, out);
     if (!error) {
         error = compare(w, event, flags, out);
     }
@@ -256,7 +172,7 @@ char *verify_image(World *w, BaleSimImage *image, uint64_t event,
     if (memo && (memo->went_on || !(flags & VERIFY_GO_ON))) {
         /* The same bytes: only what they may be has changed. */
         if (out != &own) {
-            observed_copy(out, &memo->seen, w->max_sectors);
+            observed_copy(out, &memo->seen, w);
         }
         return compare(w, event, flags, &memo->seen);
     }

@@ -314,7 +314,7 @@ static void world_failed(void *opaque, const char *what)
     g_atomic_int_inc(&w->failures);
 }
 
-static void world_backing_read(void *opaque, uint64_t offset, void *buf,
+void world_backing_read(void *opaque, uint64_t offset, void *buf,
                                size_t len, BaleDone *done, void *done_opaque)
 {
     World *w = opaque;
@@ -413,6 +413,10 @@ const char *step_describe(char step)
     case 'c': return "clear";
     case 'b': return "change the backing file's name";
     case 'r': return "close and open again";
+    case 'n': return "delete the snapshot, make one";
+    case 'e': return "delete the snapshot";
+    case 'v': return "roll back to the snapshot";
+    case 'm': return "compact";
     case 'x': return "read everything";
     default: return NULL;
     }
@@ -562,44 +566,96 @@ static bool step_barrier(World *w, char step)
     return ok;
 }
 
-/*
- * After a close that failed, what is there is what a crash could have left,
- * and from now on reads must answer that.
- */
-static void world_recovered(World *w)
+/* --- snapshots --- */
+
+static bool step_snapshot_delete(World *w)
 {
-    unsigned size = bale_image_size(w->image) / SECTOR;
-    uint64_t event = bale_sim_events(w->sim), begun;
     Oracle *o = w->oracle;
-    BaleImageInfo info;
-    uint32_t value;
+    uint32_t number = world_snapshot(w);
+    g_autofree char *name = g_strdup_printf("s%" PRIu32, number);
+    g_autoptr(GError) err = NULL;
+    uint64_t begun;
+    bool ok;
 
-    w->doubtful = true;
-    bale_image_get_info(w->image, &info);
-    for (unsigned i = 0; i < w->max_sectors + 2; i++) {
-        if (i == oracle_size(o)) {
-            value = size;
-        } else if (i == oracle_name(o)) {
-            value = backing_number(info.backing_file);
-        } else if (i >= size) {
-            value = VALUE_ZERO;
-        } else if (bale_image_read_sync(w->image, (uint64_t)i * SECTOR,
-                                        w->buf, SECTOR) == 0) {
-            value = world_value(w, w->buf, i);
-        } else {
-            continue; /* a fault; a later read tells */
-        }
-        if (i != oracle_size(o) && i != oracle_name(o) && i >= size) {
-            /* Cut off, or never there. */
-        } else if (!oracle_allows(o, i, value, event, 0)) {
-            g_autofree char *may = oracle_describe(o, i, event);
-
-            world_broken(w, "after a failed close, %u is %" PRIu32
-                         " and should be %s", i, value, may);
-        }
-        begun = oracle_begin(o, i, 1, value, event);
-        oracle_end(o, i, 1, begun, true, EVENT_NEVER);
+    if (!number) {
+        return true;
     }
+    begun = oracle_begin(o, oracle_snap(o), 1, 0, bale_sim_events(w->sim));
+    ok = bale_snapshot_delete(w->store, NULL, name, &err);
+    oracle_end(o, oracle_snap(o), 1, begun, ok, bale_sim_events(w->sim));
+    return ok;
+}
+
+static bool step_snapshot_create(World *w)
+{
+    Oracle *o = w->oracle;
+    uint32_t number = w->next_value++;
+    g_autofree char *name = g_strdup_printf("s%" PRIu32, number);
+    BaleSnapshotInfo info = { .name = name, .date_s = 1 };
+    uint64_t event, begun, begun_snap, begun_size;
+    g_autoptr(GError) err = NULL;
+    Observed now;
+    bool ok;
+
+    if (!step_snapshot_delete(w)) {
+        return false;
+    }
+    world_look(w, &now);
+    ok = now.ret == 0;
+    if (ok) {
+        event = bale_sim_events(w->sim);
+        begun = oracle_begin_each(o, w->max_sectors, now.size, now.value,
+                                  event);
+        begun_size = oracle_begin(o, oracle_snap_size(o), 1, now.size, event);
+        begun_snap = oracle_begin(o, oracle_snap(o), 1, number, event);
+        ok = bale_snapshot_create(w->store, NULL, &info, &err);
+        event = bale_sim_events(w->sim);
+        oracle_end(o, w->max_sectors, now.size, begun, ok, event);
+        oracle_end(o, oracle_snap_size(o), 1, begun_size, ok, event);
+        oracle_end(o, oracle_snap(o), 1, begun_snap, ok, event);
+    }
+    observed_clear(&now);
+    return ok;
+}
+
+static bool step_rollback(World *w)
+{
+    Oracle *o = w->oracle;
+    uint32_t number = world_snapshot(w);
+    g_autofree char *name = g_strdup_printf("s%" PRIu32, number);
+    uint64_t event, begun, begun_size;
+    g_autoptr(GError) err = NULL;
+    Observed now;
+    bool ok;
+
+    if (!number) {
+        return true;
+    }
+    world_look(w, &now);
+    ok = now.ret == 0;
+    if (ok) {
+        event = bale_sim_events(w->sim);
+        begun = oracle_begin_each(o, 0, w->max_sectors,
+                                  now.value + w->max_sectors, event);
+        begun_size = oracle_begin(o, oracle_size(o), 1, now.snap_size, event);
+        ok = bale_snapshot_rollback(w->store, NULL, name, &err);
+        event = bale_sim_events(w->sim);
+        oracle_end(o, 0, w->max_sectors, begun, ok, event);
+        oracle_end(o, oracle_size(o), 1, begun_size, ok, event);
+    }
+    if (err) {
+        world_tell(w, "    %s\n", err->message);
+    }
+    observed_clear(&now);
+    return ok;
+}
+
+static bool step_compact(World *w)
+{
+    BaleCompactOptions o = { .rate = 0 };
+    g_autoptr(GError) err = NULL;
+
+    return bale_store_compact(w->store, &o, &err);
 }
 
 bool world_step(World *w, char step)
@@ -624,6 +680,18 @@ bool world_step(World *w, char step)
     case 'b':
         ok = step_backing(w);
         break;
+    case 'n':
+        ok = step_snapshot_create(w);
+        break;
+    case 'e':
+        ok = step_snapshot_delete(w);
+        break;
+    case 'v':
+        ok = step_rollback(w);
+        break;
+    case 'm':
+        ok = step_compact(w);
+        break;
     case 'r':
         ok = world_close(w);
         if (world_open(w) && !ok) {
@@ -639,7 +707,7 @@ bool world_step(World *w, char step)
         ok = step_request(w, step) == 0;
         break;
     }
-    if (ok && strchr("sgcb", step)) {
+    if (ok && strchr("sgcbn", step)) {
         w->doubtful = false;
     }
     if (!ok) {
@@ -648,66 +716,7 @@ bool world_step(World *w, char step)
     return ok;
 }
 
-void world_read(World *w, bool errors_allowed)
-{
-    unsigned size = bale_image_size(w->image) / SECTOR;
-    unsigned c = w->cluster_sectors;
-    uint64_t moment = oracle_moment(w->oracle);
-    g_autofree uint32_t *value = g_new(uint32_t, c);
-
-    if (!oracle_allows(w->oracle, oracle_size(w->oracle), size, NOW,
-                       moment)) {
-        world_broken(w, "the image has %u sectors", size);
-        return;
-    }
-    for (unsigned first = 0; first < size; first += c) {
-        unsigned n = MIN(c, size - first), bad;
-        int ret = bale_image_read_sync(w->image, (uint64_t)first * SECTOR,
-                                       w->buf, n * SECTOR);
-
-        if (ret < 0) {
-            if (!errors_allowed) {
-                world_broken(w, "reading sector %u: %s", first,
-                             g_strerror(-ret));
-            }
-            continue;
-        }
-        for (unsigned i = 0; i < n; i++) {
-            value[i] = world_value(w, w->buf + i * SECTOR, first + i);
-        }
-        bad = oracle_refuses(w->oracle, first, n, value, NOW, moment);
-        if (bad < n) {
-            g_autofree char *may = oracle_describe(w->oracle, first + bad,
-                                                   NOW);
-
-            world_broken(w, "sector %u reads as %" PRIu32
-                         " and should be %s", first + bad, value[bad], may);
-            return;
-        }
-    }
-}
-
 /* --- the start of a case --- */
-
-void world_settle(World *w)
-{
-    unsigned size = bale_image_size(w->image) / SECTOR;
-    BaleImageInfo info;
-
-    bale_image_get_info(w->image, &info);
-    oracle_reset(w->oracle, oracle_size(w->oracle), size);
-    oracle_reset(w->oracle, oracle_name(w->oracle),
-                 backing_number(info.backing_file));
-    if (bale_image_read_sync(w->image, 0, w->buf, size * SECTOR) < 0) {
-        world_broken(w, "what was written cannot be read");
-        return;
-    }
-    for (unsigned i = 0; i < w->max_sectors; i++) {
-        oracle_reset(w->oracle, i,
-                     i < size ? world_value(w, w->buf + i * SECTOR, i)
-                              : VALUE_ZERO);
-    }
-}
 
 /*
  * How a store looks before the first step, made once for each geometry: as
