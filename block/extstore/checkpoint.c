@@ -158,6 +158,7 @@ int bale_session_begin(BaleStore *s)
     for (uint64_t i = 0; i < s->pages->len; i++) {
         BalePage *p = bale_page(s, i);
 
+        p->barrier_page = s->was_clean ? 0 : BARRIER_PAGE_UNKNOWN;
         if (p->version && p->proven < p->end) {
             p->proven = p->end;
             if (!p->barrier_pending) {

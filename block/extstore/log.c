@@ -227,6 +227,7 @@ static void buffer_open(BaleStore *s, BaleWriteBuffer *wb, BaleBucket bucket)
         /* The page may have been freed, even used anew, since. */
         if (q->barrier_pending) {
             q->barrier_pending = false;
+            q->barrier_page = page + 1;
             wb->barrier[wb->barriers++] =
                 (BaleBarrier){ n, q->version, q->proven };
         }

@@ -153,6 +153,24 @@ bool bale_page_older_exists(BaleStore *s, uint64_t page, uint64_t seq)
     return false;
 }
 
+/*
+ * @page is going away, and with it the barriers in its segments: say again what
+ * they say, or damage below them would look like a torn tail.
+ */
+static void page_barriers_again(BaleStore *s, uint64_t page)
+{
+    for (uint64_t i = 0; i < s->pages->len; i++) {
+        BalePage *q = bale_page(s, i);
+
+        if (i != page && q->version && q->proven && !q->barrier_pending &&
+            (q->barrier_page == page + 1 ||
+             q->barrier_page == BARRIER_PAGE_UNKNOWN)) {
+            q->barrier_pending = true;
+            g_array_append_val(s->barrier_pages, i);
+        }
+    }
+}
+
 void bale_page_consider(BaleStore *s, uint64_t page)
 {
     BalePage *p = bale_page(s, page);
@@ -166,6 +184,7 @@ void bale_page_consider(BaleStore *s, uint64_t page)
     p->state = BALE_PAGE_DEAD;
     p->free_flush = s->flush_request + 1;
     g_array_append_val(s->dying_pages, page);
+    page_barriers_again(s, page);
     if (BALE_PLANTED(page_reused_early)) {
         p->state = BALE_PAGE_MARKING;
         bale_maintain_signal(s, true, false);

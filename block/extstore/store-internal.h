@@ -84,7 +84,10 @@ struct BalePage {
     uint8_t bucket;
     uint8_t state;
     bool compact_stuck;     /* something in it cannot be moved */
-    bool barrier_pending;   /* proven has grown since it was last written */
+    bool barrier_pending;   /* proven is to be written, see barrier_page */
+    uint64_t barrier_page;  /* 1 + the page whose segment says what is proven
+                             * here; 0: a checkpoint does, or nothing */
+#define BARRIER_PAGE_UNKNOWN UINT64_MAX
 };
 
 /* --- write buffers (log.c) --- */

@@ -117,13 +117,26 @@ static bool work_through(void)
     return any;
 }
 
+/* Threads without a pool, such as the maintenance thread, wait as ever. */
+static bool has_pool(void)
+{
+    bool any = false;
+
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < POOLS_MAX; i++) {
+        any |= pools[i] && pthread_equal(pools[i]->owner, pthread_self());
+    }
+    pthread_mutex_unlock(&lock);
+    return any;
+}
+
 /* --- waiting --- */
 
 int __wrap_pthread_cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex)
 {
     struct timespec until;
 
-    if (!g_atomic_int_get(&pool_count) || items || rwlocks) {
+    if (!g_atomic_int_get(&pool_count) || items || rwlocks || !has_pool()) {
         return __real_pthread_cond_wait(cond, mutex);
     }
     pthread_mutex_unlock(mutex);
