@@ -1438,7 +1438,9 @@ void bale_store_flush(BaleStore *store, BaleDone *done, void *opaque)
     pthread_mutex_lock(&store->log_lock);
     n = store->images->len;
     images = g_new(BaleImage *, n);
-    memcpy(images, store->images->pdata, n * sizeof(*images));
+    for (guint i = 0; i < n; i++) {
+        images[i] = g_ptr_array_index(store->images, i);
+    }
     pthread_mutex_unlock(&store->log_lock);
     /* Each of these ends with a flush of the log. */
     for (guint i = 0; i < n; i++) {

@@ -161,7 +161,9 @@ void bale_store_get_stats(BaleStore *s, BaleStoreStats *stats)
     pthread_mutex_lock(&s->log_lock);
     n = s->images->len;
     images = g_new(BaleImage *, n);
-    memcpy(images, s->images->pdata, n * sizeof(*images));
+    for (guint i = 0; i < n; i++) {
+        images[i] = g_ptr_array_index(s->images, i);
+    }
     pthread_mutex_unlock(&s->log_lock);
     for (guint i = 0; i < n; i++) {
         bale_mutable_count(images[i]->mutable_region,
