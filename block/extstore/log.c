@@ -369,24 +369,30 @@ static void log_flush_device(BaleStore *s)
     s->dev->ops->flush(s->dev, &s->flush_io);
 }
 
-void bale_store_poison(BaleStore *s, int err, const char *what)
+/*
+ * The store has failed: from here on, and not from a moment later, nothing is
+ * acknowledged.  Returns whom to tell, with *@first whether it is news.  Under
+ * log_lock.
+ */
+static BaleFlushWaiter *poison_locked(BaleStore *s, int err, bool *first)
 {
-    BaleFlushWaiter *waiters;
+    BaleFlushWaiter *waiters = s->flush_waiters;
     int zero = 0;
-    bool first;
 
     if (BALE_PLANTED(poison_forgotten)) {
         zero = -1; /* not equal: nothing is set */
     }
-    first = __atomic_compare_exchange_n(&s->failed, &zero, err, false,
-                                        __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
-    pthread_mutex_lock(&s->log_lock);
-    waiters = s->flush_waiters;
+    *first = __atomic_compare_exchange_n(&s->failed, &zero, err, false,
+                                         __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
     s->flush_waiters = NULL;
     s->flush_waiters_tail = &s->flush_waiters;
     pthread_cond_broadcast(&s->log_cond);
-    pthread_mutex_unlock(&s->log_lock);
+    return waiters;
+}
 
+static void poison_tell(BaleStore *s, BaleFlushWaiter *waiters, bool first,
+                        int err, const char *what)
+{
     if (first && s->options.failed) {
         g_autofree char *reason = g_strdup_printf("%s failed: %s", what,
                                                   g_strerror(-err));
@@ -400,6 +406,17 @@ void bale_store_poison(BaleStore *s, int err, const char *what)
         w->done(w->opaque, -EIO);
         g_free(w);
     }
+}
+
+void bale_store_poison(BaleStore *s, int err, const char *what)
+{
+    BaleFlushWaiter *waiters;
+    bool first;
+
+    pthread_mutex_lock(&s->log_lock);
+    waiters = poison_locked(s, err, &first);
+    pthread_mutex_unlock(&s->log_lock);
+    poison_tell(s, waiters, first, err, what);
 }
 
 /* In order of sealing: stable means everything before, too. */
@@ -430,9 +447,13 @@ static void log_stored(BaleDeviceIo *io, int ret)
 
     pthread_mutex_lock(&s->log_lock);
     if (ret < 0 && !BALE_PLANTED(write_error_ignored)) {
+        BaleFlushWaiter *waiters;
+        bool first;
+
         wb->failed = true;
+        waiters = poison_locked(s, ret, &first);
         pthread_mutex_unlock(&s->log_lock);
-        bale_store_poison(s, ret, "writing a segment");
+        poison_tell(s, waiters, first, ret, "writing a segment");
         return;
     }
     p = bale_page(s, wb->page);
@@ -481,9 +502,23 @@ static void log_flushed(BaleDeviceIo *io, int ret)
     }
     pthread_mutex_lock(&s->log_lock);
     if (ret < 0 && !BALE_PLANTED(flush_error_ignored)) {
+        bool first;
+
+        /* In one step: another flush in between would seem to succeed. */
         s->flushing = false;
+        waiters = poison_locked(s, ret, &first);
         pthread_mutex_unlock(&s->log_lock);
-        bale_store_poison(s, ret, "flushing the device");
+        poison_tell(s, waiters, first, ret, "flushing the device");
+        return;
+    }
+    if (store_failed(s)) {
+        /*
+         * The store has failed since this one was issued: revive writes again
+         * what it seems to prove, and nobody waits for it any more.
+         */
+        s->flushing = false;
+        pthread_cond_broadcast(&s->log_cond);
+        pthread_mutex_unlock(&s->log_lock);
         return;
     }
     g_assert(s->flushing && s->flushing_id >= s->durable_id);
