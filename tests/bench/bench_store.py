@@ -322,6 +322,20 @@ def compact(args, work, results):
 
 def growth(args, work, results):
     out = json.loads(run([INDEX, str(args.clusters)]))
+
+    def longest(name, key):
+        return max(thread[key] for thread in out[name].values()
+                   if isinstance(thread, dict)) / 1e3
+
+    quiet, growing = 'stalls_without_growth', 'stalls_while_growing'
+    result(results, 'longest operation while the index grows eightfold, ms '
+           'more than without', [longest(growing, 'longest_us') -
+                                 longest(quiet, 'longest_us')],
+           TARGETS['stall-ms'], False)
+    result(results, 'longest own CPU time of an operation meanwhile, ms',
+           [longest(growing, 'longest_cpu_us')], TARGETS['stall-ms'], False)
+    result(results, 'the same without growth, ms',
+           [longest(quiet, 'longest_cpu_us')], None, False)
     return out
 
 
