@@ -1046,6 +1046,13 @@ void bale_seqcache_release(BaleSeqcache *sc, uint64_t offset, uint64_t len)
     for_each_entry(sc, offset, len, release_entry);
 }
 
+bool bale_seqcache_is_held(const BaleSeqcache *sc, uint64_t offset)
+{
+    Entry *e = entry_find(sc, offset >> sc->cluster_bits);
+
+    return e && e->held > 0;
+}
+
 bool bale_seqcache_in_out(const BaleSeqcache *sc, uint64_t offset, uint64_t len)
 {
     uint64_t first, last;

@@ -19,6 +19,25 @@
 /* How often flattening looks again because the image changed under it. */
 #define FLATTEN_ROUNDS_MAX 8
 
+/*
+ * Until the end of the block no patch is appended: after a write-out nothing of
+ * the layers is in patches, so that one can be frozen, cut or replaced.
+ */
+static BaleStore *patches_paused(BaleStore *s)
+{
+    bale_patches_pause(s);
+    return s;
+}
+
+static void patches_resumed(BaleStore **s)
+{
+    bale_patches_resume(*s);
+}
+
+#define PATCHES_PAUSED(s)                                                    \
+    __attribute__((cleanup(patches_resumed), unused)) BaleStore *paused_ =   \
+        patches_paused(s)
+
 static bool admin_error(GError **errp, int ret, const char *what)
 {
     g_set_error(errp, BALE_STORE_ERROR,
@@ -354,9 +373,10 @@ bool bale_image_rename(BaleStore *s, const char *name, const char *new_name,
 bool bale_image_set_read_only(BaleStore *s, const char *name, bool read_only,
                               GError **errp)
 {
+    PATCHES_PAUSED(s);
     BaleCatalogue *cat;
     BaleImageEntry *e;
-    int ret = s->read_only ? 0 : bale_store_flush_sync(s);
+    int ret = s->read_only ? 0 : bale_store_write_out_sync(s);
 
     if (ret < 0) {
         return admin_error(errp, ret, "flushing the store");
@@ -388,11 +408,12 @@ static bool edit_freeze(BaleStore *s, BaleCatalogue *cat, uint32_t image,
 bool bale_image_clone(BaleStore *s, const char *name, const char *snapshot,
                       const char *new_name, GError **errp)
 {
+    PATCHES_PAUSED(s);
     BaleSnapshotEntry *from = NULL;
     BaleCatalogue *cat;
     BaleImageEntry *e;
     uint32_t id, under, layer = 0;
-    int ret = s->read_only ? 0 : bale_store_flush_sync(s);
+    int ret = s->read_only ? 0 : bale_store_write_out_sync(s);
 
     if (ret < 0) {
         return admin_error(errp, ret, "flushing the store");
@@ -429,6 +450,7 @@ static bool image_name_changes(BaleImage *image, GError **errp)
 bool bale_image_resize(BaleImage *image, uint64_t size, GError **errp)
 {
     BaleStore *s = image->store;
+    PATCHES_PAUSED(s);
     uint64_t old = bale_image_size(image);
     uint64_t tail = bale_align_up(size, s->cluster_size);
     uint64_t clusters;
@@ -449,7 +471,7 @@ bool bale_image_resize(BaleImage *image, uint64_t size, GError **errp)
         ret = bale_image_zero_sync(image, size, MIN(tail, old) - size, 0);
     }
     if (ret == 0) {
-        ret = bale_store_flush_sync(s);
+        ret = bale_store_write_out_sync(s);
     }
     if (ret < 0) {
         return admin_error(errp, ret, "clearing the image's new end");
@@ -477,6 +499,7 @@ bool bale_image_set_backing(BaleImage *image, const char *backing_file,
                             const char *backing_format, GError **errp)
 {
     BaleStore *s = image->store;
+    PATCHES_PAUSED(s);
     BaleCatalogue *cat;
     BaleImageEntry *e;
     int ret;
@@ -493,7 +516,7 @@ bool bale_image_set_backing(BaleImage *image, const char *backing_file,
     if (!image_name_changes(image, errp)) {
         return false;
     }
-    ret = bale_store_flush_sync(s);
+    ret = bale_store_write_out_sync(s);
     if (ret < 0) {
         return admin_error(errp, ret, "changing the backing file");
     }
@@ -544,6 +567,7 @@ static bool edit_replace_top(BaleStore *s, BaleCatalogue *cat, uint32_t image,
 bool bale_image_clear(BaleImage *image, GError **errp)
 {
     BaleStore *s = image->store;
+    PATCHES_PAUSED(s);
     BaleCatalogue *cat;
     BaleLayerEntry *top;
     int ret;
@@ -551,7 +575,7 @@ bool bale_image_clear(BaleImage *image, GError **errp)
     if (!image_name_changes(image, errp)) {
         return false;
     }
-    ret = bale_store_flush_sync(s);
+    ret = bale_store_write_out_sync(s);
     if (ret < 0) {
         return admin_error(errp, ret, "emptying the image");
     }
@@ -574,6 +598,7 @@ bool bale_image_clear(BaleImage *image, GError **errp)
 bool bale_snapshot_create(BaleStore *s, const char *name,
                           const BaleSnapshotInfo *info, GError **errp)
 {
+    PATCHES_PAUSED(s);
     BaleSnapshotEntry snapshot = { .vm_clock_ns = info->vm_clock_ns };
     uint64_t now_us = g_get_real_time();
     BaleCatalogue *cat;
@@ -584,7 +609,7 @@ bool bale_snapshot_create(BaleStore *s, const char *name,
         return admin_invalid(errp, "a snapshot cannot be called '%s'",
                              info->name);
     }
-    ret = s->read_only ? 0 : bale_store_flush_sync(s);
+    ret = s->read_only ? 0 : bale_store_write_out_sync(s);
     if (ret < 0) {
         return admin_error(errp, ret, "flushing the store");
     }
@@ -646,11 +671,12 @@ bool bale_snapshot_delete(BaleStore *s, const char *name,
 bool bale_snapshot_rollback(BaleStore *s, const char *name,
                             const char *snapshot, GError **errp)
 {
+    PATCHES_PAUSED(s);
     BaleCatalogue *cat;
     BaleImageEntry *e;
     BaleSnapshotEntry *found;
     BaleImage *image;
-    int ret = s->read_only ? 0 : bale_store_flush_sync(s);
+    int ret = s->read_only ? 0 : bale_store_write_out_sync(s);
 
     if (ret < 0) {
         return admin_error(errp, ret, "flushing the store");
@@ -715,6 +741,7 @@ static int flatten_copy(BaleImage *image, const BaleFlattenOptions *o,
 bool bale_image_flatten(BaleStore *s, const char *name,
                         const BaleFlattenOptions *o, GError **errp)
 {
+    PATCHES_PAUSED(s);
     BaleImage *image = bale_image_open(s, name, errp);
     bool more = true, stopped = false, ok = false, done = false;
     int ret = 0;
@@ -733,7 +760,7 @@ bool bale_image_flatten(BaleStore *s, const char *name,
 
         ret = flatten_copy(image, o, &more, &stopped);
         if (ret == 0) {
-            ret = bale_store_flush_sync(s);
+            ret = bale_store_write_out_sync(s);
         }
         if (ret < 0) {
             admin_error(errp, ret, "flattening an image");

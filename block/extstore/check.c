@@ -261,14 +261,26 @@ static bool check_count(uint64_t cluster, uint64_t value, void *opaque)
     return true;
 }
 
+static void check_count_patch(void *opaque, uint64_t address, uint32_t live)
+{
+    CheckCount *count = opaque;
+    uint64_t page, offset;
+
+    if (bale_address_split(count->s, address, &page, &offset)) {
+        count->live[page] += live;
+    }
+}
+
 /* Compare the pages' live bytes with the index.  No write can come between. */
 static bool check_counters(Check *c, GError **errp)
 {
     BaleStore *s = c->s;
     CheckCount count = { .s = s };
+    g_autofree BaleImage **images = NULL;
     GHashTableIter iter;
     void *layer;
     uint64_t n;
+    guint opened;
 
     pthread_rwlock_wrlock(&s->session_lock);
     n = s->pages->len;
@@ -282,6 +294,13 @@ static bool check_counters(Check *c, GError **errp)
     g_hash_table_iter_init(&iter, s->layers);
     while (g_hash_table_iter_next(&iter, NULL, &layer)) {
         bale_index_foreach(((BaleLayer *)layer)->index, check_count, &count);
+    }
+    images = bale_store_images(s, &opened);
+    for (guint i = 0; i < opened; i++) {
+        /* Held until the pages are compared: a write-out may end now. */
+        bale_mutable_lock(images[i]->mutable_region);
+        bale_mutable_foreach_patch(images[i]->mutable_region,
+                                   check_count_patch, &count);
     }
     pthread_mutex_lock(&s->log_lock);
     c->result->end_offset = BALE_SUPER_SIZE;
@@ -309,6 +328,9 @@ static bool check_counters(Check *c, GError **errp)
         }
     }
     pthread_mutex_unlock(&s->log_lock);
+    for (guint i = 0; i < opened; i++) {
+        bale_mutable_unlock(images[i]->mutable_region);
+    }
     pthread_rwlock_unlock(&s->session_lock);
     g_free(count.live);
     if (c->result->wrong_counters) {

@@ -663,6 +663,62 @@ static int running_wait(BaleStore *s)
     return ret;
 }
 
+/* A write-out that the maintenance thread waits for, or gives up to. */
+typedef struct RunningOut {
+    BaleStore *store;
+    /* Under log_lock. */
+    bool done;
+    bool abandoned; /* whoever completes it frees it */
+    int ret;
+} RunningOut;
+
+static void running_written_out(void *opaque, int ret)
+{
+    RunningOut *o = opaque;
+    BaleStore *s = o->store;
+    bool abandoned;
+
+    pthread_mutex_lock(&s->log_lock);
+    o->done = true;
+    o->ret = ret;
+    abandoned = o->abandoned;
+    pthread_cond_broadcast(&s->log_cond);
+    pthread_mutex_unlock(&s->log_lock);
+    if (abandoned) {
+        g_free(o);
+    }
+}
+
+/*
+ * No patch older than the mark may count: write their clusters out.  That needs
+ * workers, who may wait for the space that this thread makes.
+ */
+static int running_write_out(BaleStore *s)
+{
+    RunningOut *o = g_new0(RunningOut, 1);
+    bool done;
+    int ret = 0;
+
+    o->store = s;
+    bale_store_write_out(s, running_written_out, o);
+    pthread_mutex_lock(&s->log_lock);
+    while (!o->done && ret == 0) {
+        if (s->maintain_stop || s->maintain_pauses || s->space_waiters) {
+            ret = -EAGAIN;
+        } else {
+            pthread_cond_wait(&s->log_cond, &s->log_lock);
+        }
+    }
+    done = o->done;
+    o->abandoned = !done;
+    ret = done ? o->ret : ret;
+    pthread_mutex_unlock(&s->log_lock);
+    if (done) {
+        g_free(o);
+    }
+    return ret;
+}
+
 static int running_mark(CheckpointWriter *w)
 {
     BaleStore *s = w->s;
@@ -693,10 +749,16 @@ int bale_checkpoint_running(BaleStore *s)
 {
     BalePart root = { .kind = 0 };
     CheckpointWriter w;
+    bool paused = true;
     int ret = 0;
 
     writer_init(&w, s);
+    bale_patches_pause(s);
+    ret = BALE_PLANTED(patches_not_written) ? 0 : running_write_out(s);
     pthread_rwlock_rdlock(&s->session_lock);
+    if (ret < 0) {
+        goto out;
+    }
     if (store_failed(s)) {
         ret = -EIO;
         goto out;
@@ -705,6 +767,8 @@ int bale_checkpoint_running(BaleStore *s)
         goto out; /* the store is clean */
     }
     ret = running_mark(&w);
+    bale_patches_resume(s);
+    paused = false;
     if (ret == 0) {
         ret = writer_run(&w, &root);
     }
@@ -724,6 +788,9 @@ int bale_checkpoint_running(BaleStore *s)
     }
 out:
     pthread_rwlock_unlock(&s->session_lock);
+    if (paused) {
+        bale_patches_resume(s);
+    }
     writer_destroy(&w);
     return ret;
 }

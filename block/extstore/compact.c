@@ -15,6 +15,7 @@
  *  4. A drop record is copied as long as a record older than it exists
  *     anywhere; a zero record only if a cluster points at it.
  *  5. A record that does not verify stays where it is, and so does its page.
+ *  6. A patch is copied if it counts: the mutable region knows where it is.
  *
  * Memory: one segment, at most twice a write buffer, besides the log's own.
  *
@@ -177,6 +178,30 @@ static int compact_tombstone(Compact *c, BaleLayer *layer, uint64_t clusters,
     return ret;
 }
 
+/* Copy a patch that counts. */
+static int compact_patch(Compact *c, const BaleRecord *old, uint64_t address,
+                         const uint8_t *payload)
+{
+    BaleImage *image = bale_image_of_layer(c->s, old->layer);
+    BaleRecord r = *old;
+    uint64_t copy;
+    int ret;
+
+    if (!image || !bale_mutable_patch_live(image->mutable_region,
+                                           old->cluster, address)) {
+        return 0;
+    }
+    ret = bale_log_append(c->s, BALE_BUCKET_COMPACTED, &r, payload,
+                          bale_patch_live(old->payload_len), &copy);
+    if (ret == 0) {
+        bale_mutable_patch_move(image->mutable_region, old->cluster, address,
+                                old->payload_len, copy);
+        stat_add(&c->s->stats.compacted_records, 1);
+        stat_add(&c->s->stats.compacted_bytes, bale_record_size(old));
+    }
+    return ret;
+}
+
 /* Copy a record of a layer, if that is still there. */
 static int compact_live(Compact *c, const BaleRecord *old, uint64_t address,
                         const uint8_t *payload)
@@ -194,6 +219,8 @@ static int compact_live(Compact *c, const BaleRecord *old, uint64_t address,
         if (old->cluster < clusters) {
             ret = compact_data(c, layer, old, address, payload);
         }
+    } else if (layer && old->type == BALE_RECORD_PATCH) {
+        ret = compact_patch(c, old, address, payload);
     } else if (layer) {
         ret = compact_tombstone(c, layer, clusters, old, address);
     }
@@ -277,7 +304,7 @@ static int compact_segment(Compact *c, uint64_t offset, uint64_t *next)
             return -EIO;
         }
         if (r.type == BALE_RECORD_DATA || r.type == BALE_RECORD_ZERO ||
-            r.type == BALE_RECORD_DROP) {
+            r.type == BALE_RECORD_DROP || r.type == BALE_RECORD_PATCH) {
             ret = compact_live(c, &r, address, payload);
         }
         end += bale_record_size(&r);

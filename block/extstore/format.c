@@ -366,6 +366,14 @@ static bool record_in_range(const BaleRecord *r, uint32_t cluster_size)
     case BALE_RECORD_DROP:
         payload_max = 0;
         break;
+    case BALE_RECORD_PATCH:
+        payload_min = 1;
+        payload_max = cluster_size;
+        if (r->count >= cluster_size ||
+            r->payload_len > cluster_size - r->count) {
+            return false;
+        }
+        break;
     case BALE_RECORD_IMAGE:
         payload_min = BALE_IMAGE_FIXED_LEN;
         payload_max = BALE_IMAGE_PAYLOAD_MAX;

@@ -21,6 +21,7 @@
 #include <stdint.h>
 
 #include "extstore/store.h"
+#include "util/planted.h"
 
 #define BALE_FORMAT_VERSION   1u
 #define BALE_BLOCK_SIZE       4096u
@@ -125,6 +126,7 @@ typedef enum BaleRecordType {
     BALE_RECORD_CHECKPOINT_ROOT = 7,
     BALE_RECORD_DROP = 8,
     BALE_RECORD_CATALOGUE = 9,
+    BALE_RECORD_PATCH = 10,   /* count: the offset in the cluster */
     BALE_RECORD_SKIPPABLE = 128, /* unknown types from here on may be skipped */
 } BaleRecordType;
 
@@ -147,6 +149,17 @@ static inline uint32_t bale_record_size(const BaleRecord *r)
 {
     return (r->header_len + r->payload_len + BALE_RECORD_ALIGN - 1) &
            ~(BALE_RECORD_ALIGN - 1);
+}
+
+/* The patches that count are bounded: memory holds what they say. */
+#define BALE_PATCHED_BYTES           (32u << 20)
+#define BALE_PATCHED_CLUSTERS_MIN    8u
+#define BALE_PATCHES_PER_CLUSTER_MAX 256u
+
+/* Of a layer, clusters with patches that count. */
+static inline uint32_t bale_patched_clusters_max(uint32_t cluster_size)
+{
+    return MAX(BALE_PATCHED_BYTES / cluster_size, BALE_PATCHED_CLUSTERS_MIN);
 }
 
 /* @buf: BALE_RECORD_HEADER_LEN bytes; @r->header_len is ignored. */
@@ -413,6 +426,12 @@ static inline uint32_t bale_value_live(uint64_t value, uint32_t cluster_size)
 {
     return BALE_RECORD_HEADER_LEN +
            bale_class_len(bale_value_class(value), cluster_size);
+}
+
+/* What a patch of @len bytes counts for in a page's live bytes. */
+static inline uint32_t bale_patch_live(uint32_t len)
+{
+    return BALE_PLANTED(patch_freed_early) ? 0 : BALE_RECORD_HEADER_LEN + len;
 }
 
 static inline uint64_t bale_get_le64(const uint8_t *p)

@@ -141,12 +141,16 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
     return ret;
 }
 
-/* The first cluster in [@first, @end) that a layer has, or @end. */
+/*
+ * The first cluster in [@first, @end) that a layer has, or @end.  One of which
+ * the log has only patches counts: a recovery would find them.
+ */
 static uint64_t image_next_cluster(BaleImage *image, uint64_t first,
                                    uint64_t end)
 {
     uint64_t c = first;
 
+    end = bale_mutable_next_patched(image->mutable_region, first, end);
     while (c < end) {
         if (!bale_image_chunk_used(image, c)) {
             c = (c | (BALE_CHUNK_CLUSTERS - 1)) + 1;
@@ -412,6 +416,36 @@ void bale_image_set_backing_present(BaleImage *image,
                                     BaleBackingPresent *present)
 {
     image->backing_present = present;
+}
+
+BaleImage **bale_store_images(BaleStore *s, guint *n)
+{
+    BaleImage **images;
+
+    pthread_mutex_lock(&s->log_lock);
+    *n = s->images->len;
+    images = g_new(BaleImage *, *n + 1);
+    if (*n) {
+        memcpy(images, s->images->pdata, *n * sizeof(*images));
+    }
+    pthread_mutex_unlock(&s->log_lock);
+    return images;
+}
+
+BaleImage *bale_image_of_layer(BaleStore *s, uint32_t layer)
+{
+    BaleImage *found = NULL;
+
+    pthread_mutex_lock(&s->log_lock);
+    for (guint i = 0; i < s->images->len && !found; i++) {
+        BaleImage *image = g_ptr_array_index(s->images, i);
+
+        if (!image->snapshot && image->top->id == layer) {
+            found = image;
+        }
+    }
+    pthread_mutex_unlock(&s->log_lock);
+    return found;
 }
 
 /* --- blocking forms --- */

@@ -18,7 +18,7 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
-#include "store-internal.h"
+#include "patch-internal.h"
 
 #include <errno.h>
 #include <string.h>
@@ -364,6 +364,7 @@ void bale_layer_free(BaleLayer *layer)
 {
     if (layer) {
         bale_index_free(layer->index);
+        bale_patch_table_free(layer->patches);
         g_free(layer->chunk_entries);
         g_free(layer);
     }

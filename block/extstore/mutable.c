@@ -2,44 +2,54 @@
  * The mutable region of the log: clusters that were written in part.
  *
  * Partial writes wait in a seqcache (util/seqcache.h) until their cluster is
- * complete, until others push it out, or until a flush; then the cluster is
- * merged with what is stored of it, and goes the way of a whole write.
+ * complete, or until others push it out; then the cluster is merged with what
+ * is stored of it, and goes the way of a whole write.  A flush does not wait
+ * for that: it appends what is dirty as patches (patch-internal.h), if that is
+ * little, and the cluster stays here.
  *
  * Invariants:
  *  1. What is in the region is newer than what the index points at.
  *  2. A cluster leaves the region only after the index points at a record that
  *     holds its bytes, or newer ones; so who looks here first and in the index
  *     second misses nothing.
- *  3. Of each cluster at most one write-out is under way, and nobody else
- *     appends a record of a cluster while one is: see bale_mutable_claim().
+ *  3. Of each cluster at most one write-out or appending of patches is under
+ *     way, and nobody else appends a record of a cluster while one is: see
+ *     bale_mutable_claim().
  *  4. The gaps of a cluster are what is stored of it, or zero: nothing is put
  *     here while what lies under the image shows through (the caller sees to
  *     that), for that may change before the write-out.
- *  5. An error of a write-out reaches the next flush.  The bytes stay, and a
- *     later flush tries again.
+ *  5. An error of a write-out reaches the next flush, unless patches have
+ *     saved its bytes.  The bytes stay, and a later flush tries again.
+ *  6. Each cached byte is unsaved in the table of patches, or taken by what
+ *     saves it now, or in the log as a patch.
  *
- * Threads: any; one mutex, which is held while bytes are copied.
+ * Threads: any; one mutex, which is held while bytes are copied.  Patches are
+ * appended by one worker at a time.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
-#include "store-internal.h"
+#include "patch-internal.h"
 
 #include <errno.h>
+#include <inttypes.h>
 #include <string.h>
 
+#include "recover-internal.h"
 #include "util/memory.h"
 #include "util/planted.h"
 #include "util/seqcache.h"
 
-/* Memory of the region: this much, or so many clusters if that is more. */
-#define MUTABLE_BYTES (8u << 20)
-#define MUTABLE_CLUSTERS_MIN 8u
+/* What may be in write-out at one time, bytes, and in clusters. */
+#define MUTABLE_OUT_BYTES (8u << 20)
+#define MUTABLE_OUTS_MIN  8u
+#define MUTABLE_OUTS_MAX  128u
 /* Of these, so many may be open; the others are on their way out. */
 #define MUTABLE_OPEN_FRACTION 2
 
 typedef struct MutableFlush {
     struct MutableFlush *next;
     uint64_t seq;
+    bool write_out; /* patches are not enough */
     BaleDone *done;
     void *opaque;
 } MutableFlush;
@@ -48,10 +58,19 @@ struct BaleMutable {
     BaleImage *image;
     pthread_mutex_t lock;
     BaleSeqcache *cache;
+    BalePatchTable patched;
     BaleWork *waiting;     /* until a write-out ends; chained by next */
     MutableFlush *flushes; /* in order of seq */
+    GQueue outs;           /* MutableOut by link */
+    unsigned outs_max;
     unsigned claims;       /* not yet settled */
+    pthread_cond_t idle;   /* something that was under way has ended */
     uint8_t *zeroes;       /* one cluster of them */
+    /* The one who appends patches. */
+    BaleWork journal;
+    bool journaling;
+    uint64_t journal_cluster; /* whose patches; UINT64_MAX: none just now */
+    BaleUnsaved journal_taken;
 };
 
 /* One write-out. */
@@ -59,10 +78,14 @@ typedef struct MutableOut {
     BaleWork work;
     BaleMutable *m;
     BaleSeqcacheOut *out;
+    uint64_t cluster;
+    BaleUnsaved taken; /* what of it no patch has saved */
+    GList link;
     uint8_t *base; /* what is stored, if the cluster has gaps */
 } MutableOut;
 
 static void mutable_kick(BaleMutable *m);
+static void mutable_journal_start(BaleMutable *m);
 
 BaleMutable *bale_mutable_new(BaleImage *image)
 {
@@ -70,14 +93,20 @@ BaleMutable *bale_mutable_new(BaleImage *image)
     BaleSeqcacheOptions o = {
         .cluster_bytes = s->cluster_size,
         .align_bytes = BALE_BLOCK_SIZE,
-        .max_bytes = MAX(MUTABLE_BYTES,
-                         (uint64_t)MUTABLE_CLUSTERS_MIN * s->cluster_size),
+        .max_bytes = (uint64_t)bale_patched_clusters_max(s->cluster_size) *
+                     s->cluster_size,
     };
     BaleMutable *m = g_new0(BaleMutable, 1);
 
     o.max_streams = o.max_bytes / s->cluster_size / MUTABLE_OPEN_FRACTION;
     m->image = image;
+    m->outs_max = CLAMP(MUTABLE_OUT_BYTES / s->cluster_size,
+                        MUTABLE_OUTS_MIN, MUTABLE_OUTS_MAX);
+    m->journal_cluster = UINT64_MAX;
+    m->journal_taken.seq = UINT64_MAX;
+    bale_patch_table_init(&m->patched, s);
     pthread_mutex_init(&m->lock, NULL);
+    pthread_cond_init(&m->idle, NULL);
     m->cache = bale_seqcache_new(&o, NULL);
     m->zeroes = bale_memory_try_alloc0(BALE_BLOCK_SIZE, s->cluster_size);
     if (!m->cache || !m->zeroes) {
@@ -91,22 +120,27 @@ void bale_mutable_free(BaleMutable *m)
 {
     if (m) {
         bale_seqcache_free(m->cache);
+        bale_patch_table_destroy(&m->patched);
         bale_memory_free(m->zeroes);
         pthread_mutex_destroy(&m->lock);
+        pthread_cond_destroy(&m->idle);
         g_free(m);
     }
 }
 
-void bale_mutable_count(BaleMutable *m, uint64_t *clusters, uint64_t *bytes)
+void bale_mutable_count(BaleMutable *m, BaleStoreStats *stats)
 {
-    BaleSeqcacheStats stats;
+    BaleSeqcacheStats cached;
 
     pthread_mutex_lock(&m->lock);
-    bale_seqcache_get_stats(m->cache, &stats);
+    bale_seqcache_get_stats(m->cache, &cached);
+    stats->patches_live += m->patched.patches;
+    stats->patches_live_bytes += m->patched.bytes;
     pthread_mutex_unlock(&m->lock);
-    *clusters += stats.open_clusters + stats.finished_clusters +
-                 stats.failed_clusters + stats.out_clusters;
-    *bytes += stats.dirty_bytes + stats.out_bytes;
+    stats->mutable_clusters += cached.open_clusters +
+                               cached.finished_clusters +
+                               cached.failed_clusters + cached.out_clusters;
+    stats->mutable_bytes += cached.dirty_bytes + cached.out_bytes;
 }
 
 /* --- write-out --- */
@@ -114,6 +148,7 @@ void bale_mutable_count(BaleMutable *m, uint64_t *clusters, uint64_t *bytes)
 /* Wake who waits for room or for a cluster.  Under the lock. */
 static void mutable_wake(BaleMutable *m)
 {
+    pthread_cond_broadcast(&m->idle);
     while (m->waiting) {
         BaleWork *work = m->waiting;
 
@@ -122,17 +157,47 @@ static void mutable_wake(BaleMutable *m)
     }
 }
 
-/* Take the flushes that are done, or that @ret has failed.  Under the lock. */
-static MutableFlush *mutable_take_flushes(BaleMutable *m, int ret)
+/* The number of the oldest byte that the log does not have. */
+static uint64_t mutable_oldest_unsaved(BaleMutable *m)
 {
-    uint64_t oldest = bale_seqcache_oldest_seq(m->cache);
-    MutableFlush *list = m->flushes, **p = &list;
+    uint64_t seq = MIN(bale_patch_oldest(&m->patched), m->journal_taken.seq);
 
-    while (*p && (ret < 0 || (*p)->seq < oldest)) {
-        p = &(*p)->next;
+    for (GList *l = m->outs.head; l; l = l->next) {
+        seq = MIN(seq, ((MutableOut *)l->data)->taken.seq);
     }
-    m->flushes = *p;
-    *p = NULL;
+    return seq;
+}
+
+/*
+ * Take the flushes that are done or, with @ret an error, that wait for byte
+ * @seq, which could not be saved.  UINT64_MAX: it has patches, and only who
+ * wants more than that must know.  Under the lock.
+ */
+static MutableFlush *mutable_take_flushes(BaleMutable *m, int ret,
+                                          uint64_t seq)
+{
+    MutableFlush **p = &m->flushes, *list = NULL, **tail = &list;
+    uint64_t unsaved, oldest;
+
+    if (!m->flushes) {
+        return NULL;
+    }
+    unsaved = mutable_oldest_unsaved(m);
+    oldest = bale_seqcache_oldest_seq(m->cache);
+    while (*p) {
+        MutableFlush *f = *p;
+
+        if (ret < 0 ? f->write_out || f->seq >= seq
+                    : f->seq < (f->write_out ? MIN(unsaved, oldest)
+                                             : unsaved)) {
+            *p = f->next;
+            f->next = NULL;
+            *tail = f;
+            tail = &f->next;
+        } else {
+            p = &f->next;
+        }
+    }
     return list;
 }
 
@@ -152,16 +217,49 @@ static void mutable_finish_flushes(BaleMutable *m, MutableFlush *list,
     }
 }
 
+/* @out has begun: note it.  Under the lock. */
+static MutableOut *mutable_out_new(BaleMutable *m, BaleSeqcacheOut *out)
+{
+    MutableOut *o = g_new0(MutableOut, 1);
+    BalePatched *p;
+
+    o->m = m;
+    o->out = out;
+    o->cluster = bale_seqcache_out_offset(out) >>
+                 m->image->store->cluster_bits;
+    o->taken.seq = UINT64_MAX;
+    o->link.data = o;
+    g_queue_push_tail_link(&m->outs, &o->link);
+    p = bale_patch_find(&m->patched, o->cluster);
+    if (p) {
+        o->taken = bale_patch_take(&m->patched, p);
+    }
+    return o;
+}
+
 static void mutable_out_end(MutableOut *o, int ret)
 {
     BaleMutable *m = o->m;
     BaleStore *s = m->image->store;
     MutableFlush *flushes;
+    BalePatched *p;
 
     pthread_mutex_lock(&m->lock);
     bale_seqcache_out_done(m->cache, o->out, ret == 0);
+    g_queue_unlink(&m->outs, &o->link);
+    p = bale_patch_find(&m->patched, o->cluster);
+    if (p && ret == 0) {
+        /* The index knows a newer record of all that they hold. */
+        p->busy = false;
+        bale_patch_drop(&m->patched, p, true);
+    } else if (p) {
+        bale_patch_put_back(&m->patched, p, &o->taken);
+    }
+    if (p) {
+        bale_patch_tidy(&m->patched, p);
+    }
     mutable_wake(m);
-    flushes = mutable_take_flushes(m, ret);
+    flushes = mutable_take_flushes(m, ret, o->taken.seq);
     pthread_mutex_unlock(&m->lock);
     bale_memory_free(o->base);
     g_free(o);
@@ -212,17 +310,15 @@ static void mutable_base_read(void *opaque, int ret)
                       BALE_WORK_NORMAL);
 }
 
-static void mutable_out_start(BaleMutable *m, BaleSeqcacheOut *out)
+static void mutable_out_start(MutableOut *o)
 {
+    BaleMutable *m = o->m;
     BaleStore *s = m->image->store;
-    MutableOut *o = g_new0(MutableOut, 1);
 
-    o->m = m;
-    o->out = out;
     pthread_mutex_lock(&s->log_lock);
     s->background++;
     pthread_mutex_unlock(&s->log_lock);
-    if (bale_seqcache_out_bytes(out) == s->cluster_size) {
+    if (bale_seqcache_out_bytes(o->out) == s->cluster_size) {
         mutable_base_read(o, 0);
         return;
     }
@@ -231,34 +327,245 @@ static void mutable_out_start(BaleMutable *m, BaleSeqcacheOut *out)
         mutable_out_end(o, -ENOMEM);
         return;
     }
-    bale_image_read_stored(m->image,
-                           bale_seqcache_out_offset(out) >> s->cluster_bits,
-                           o->base, mutable_base_read, o);
+    bale_image_read_stored(m->image, o->cluster, o->base, mutable_base_read,
+                           o);
 }
 
-/* Begin the write-outs that are due. */
+/* --- what a flush wants --- */
+
+/* The newest number that a flush waits for, or 0.  Under the lock. */
+static uint64_t mutable_wanted(BaleMutable *m, bool write_out)
+{
+    uint64_t seq = 0;
+
+    for (MutableFlush *f = m->flushes; f; f = f->next) {
+        if (f->write_out || !write_out) {
+            seq = MAX(seq, f->seq);
+        }
+    }
+    return seq;
+}
+
+/*
+ * The next cluster that a flush waits for, and that nobody saves now: one that
+ * is worth patches, or one that is not.  Under the lock.
+ */
+static BalePatched *mutable_due(BaleMutable *m, bool patches)
+{
+    BaleStore *s = m->image->store;
+    uint64_t wanted = mutable_wanted(m, false);
+    bool paused = __atomic_load_n(&s->patch_pauses, __ATOMIC_ACQUIRE);
+
+    if (paused && patches) {
+        return NULL;
+    }
+    for (GList *l = m->patched.unsaved.head; l; l = l->next) {
+        BalePatched *p = l->data;
+        uint64_t begin = p->cluster << s->cluster_bits, run;
+        bool worth;
+
+        if (p->unsaved.seq > wanted) {
+            break;
+        }
+        if (p->busy || bale_seqcache_is_held(m->cache, begin)) {
+            continue;
+        }
+        /* A complete cluster goes the way of a whole one anyhow. */
+        worth = !paused && bale_patch_worth(&m->patched, p) &&
+                !(bale_seqcache_lookup(m->cache, begin, s->cluster_size,
+                                       &run) && run == s->cluster_size);
+        if (worth == patches) {
+            return p;
+        }
+    }
+    return NULL;
+}
+
+/* Begin the write-outs that are due, and the appending of patches. */
 static void mutable_kick(BaleMutable *m)
 {
     for (;;) {
-        BaleSeqcacheOut *out;
-        int err;
+        BaleSeqcacheOut *out = NULL;
+        MutableFlush *failed = NULL;
+        MutableOut *o = NULL;
+        bool journal = false;
+        int err = 0;
 
         pthread_mutex_lock(&m->lock);
-        out = bale_seqcache_begin_finished(m->cache, &err);
-        if (!out && m->flushes) {
-            MutableFlush *last = m->flushes;
+        if (m->flushes && !m->journaling && mutable_due(m, true)) {
+            m->journaling = journal = true;
+        }
+        if (m->outs.length < m->outs_max) {
+            out = bale_seqcache_begin_finished(m->cache, &err);
+        }
+        if (!out && m->flushes && m->outs.length < m->outs_max) {
+            BalePatched *p = mutable_due(m, false);
 
-            while (last->next) {
-                last = last->next;
+            if (p) {
+                out = bale_seqcache_begin_at(
+                    m->cache, p->cluster << m->image->store->cluster_bits,
+                    &err);
+            } else {
+                out = bale_seqcache_begin_upto(m->cache,
+                                               mutable_wanted(m, true), &err);
             }
-            out = bale_seqcache_begin_upto(m->cache, last->seq, &err);
+        }
+        if (out) {
+            o = mutable_out_new(m, out);
+        } else if (err < 0 && m->outs.length == 0) {
+            failed = mutable_take_flushes(m, err, 0);
         }
         pthread_mutex_unlock(&m->lock);
-        if (!out) {
+        mutable_finish_flushes(m, failed, err);
+        if (journal) {
+            mutable_journal_start(m);
+        }
+        if (!o) {
             return;
         }
-        mutable_out_start(m, out);
+        mutable_out_start(o);
     }
+}
+
+/* --- patches --- */
+
+/* Append the @len bytes at @data, which belong at @offset of @cluster. */
+static int mutable_append_patch(BaleMutable *m, uint64_t cluster,
+                                const uint8_t *data, uint32_t offset,
+                                uint32_t len)
+{
+    BaleStore *s = m->image->store;
+    BaleRecord r = {
+        .type = BALE_RECORD_PATCH,
+        .layer = m->image->top->id,
+        .cluster = cluster,
+        .count = offset,
+        .payload_len = len,
+    };
+    BalePatch patch = { .offset = offset, .len = len };
+    int ret = bale_store_write_begin(s);
+
+    if (ret < 0) {
+        return ret;
+    }
+    ret = bale_log_append(s, BALE_BUCKET_FRESH, &r, data + offset,
+                          bale_patch_live(len), &patch.address);
+    if (ret == 0) {
+        patch.seq = r.seq;
+        pthread_mutex_lock(&m->lock);
+        bale_patch_add(&m->patched, bale_patch_find(&m->patched, cluster),
+                       &patch);
+        pthread_mutex_unlock(&m->lock);
+        stat_add(&s->stats.patches, 1);
+        stat_add(&s->stats.patch_bytes, bale_record_size(&r));
+        stat_add(&s->stats.stored_bytes, bale_record_size(&r));
+    }
+    bale_store_write_end(s);
+    return ret;
+}
+
+/*
+ * Copy what is unsaved of @p to the same places of @data, and keep write-outs
+ * away from it.  Under the lock.
+ */
+static void mutable_journal_take(BaleMutable *m, BalePatched *p,
+                                 uint8_t *data)
+{
+    BaleStore *s = m->image->store;
+    uint64_t begin = p->cluster << s->cluster_bits;
+
+    m->journal_cluster = p->cluster;
+    m->journal_taken = bale_patch_take(&m->patched, p);
+    bale_seqcache_hold(m->cache, begin, s->cluster_size);
+    for (unsigned i = 0; i < m->journal_taken.n; i++) {
+        BalePatchRange r = m->journal_taken.range[i];
+        size_t run;
+
+        while (r.start < r.end) {
+            bool cached =
+                bale_seqcache_read_buf(m->cache, begin + r.start,
+                                       r.end - r.start, data + r.start, &run);
+
+            g_assert(cached); /* invariant 6 */
+            r.start += run;
+        }
+    }
+}
+
+/* The appending of one cluster's patches has ended.  Under the lock. */
+static void mutable_journal_done(BaleMutable *m, int ret)
+{
+    BaleStore *s = m->image->store;
+    BaleUnsaved saved = { .seq = UINT64_MAX };
+    BalePatched *p = bale_patch_find(&m->patched, m->journal_cluster);
+
+    bale_patch_put_back(&m->patched, p, ret < 0 ? &m->journal_taken : &saved);
+    bale_seqcache_release(m->cache, m->journal_cluster << s->cluster_bits,
+                          s->cluster_size);
+    m->journal_cluster = UINT64_MAX;
+    m->journal_taken.seq = UINT64_MAX;
+    mutable_wake(m);
+}
+
+/* On a worker: append the patches that flushes wait for. */
+static void mutable_journal_work(BaleWork *work, void *context,
+                                 unsigned worker)
+{
+    BaleMutable *m = (BaleMutable *)((char *)work -
+                                     offsetof(BaleMutable, journal));
+    BaleStore *s = m->image->store;
+    BaleWorkerContext *wc = context;
+    MutableFlush *flushes;
+    BalePatched *p;
+    int ret = 0;
+
+    pthread_mutex_lock(&m->lock);
+    while (ret == 0 && m->flushes && (p = mutable_due(m, true))) {
+        BaleUnsaved taken;
+        uint64_t cluster = p->cluster;
+
+        mutable_journal_take(m, p, wc->cluster);
+        taken = m->journal_taken;
+        pthread_mutex_unlock(&m->lock);
+        for (unsigned i = 0; ret == 0 && i < taken.n; i++) {
+            BalePatchRange *r = &taken.range[i];
+
+            ret = mutable_append_patch(m, cluster, wc->cluster, r->start,
+                                       r->end - r->start);
+        }
+        pthread_mutex_lock(&m->lock);
+        mutable_journal_done(m, ret);
+        if (ret == 0) {
+            /* Others follow, maybe many: who is served may go. */
+            flushes = mutable_take_flushes(m, 0, 0);
+            if (flushes) {
+                pthread_mutex_unlock(&m->lock);
+                mutable_finish_flushes(m, flushes, 0);
+                pthread_mutex_lock(&m->lock);
+            }
+        }
+    }
+    m->journaling = false;
+    flushes = ret < 0 ? mutable_take_flushes(m, ret, 0) : NULL;
+    pthread_mutex_unlock(&m->lock);
+    mutable_finish_flushes(m, flushes, ret);
+    mutable_kick(m);
+
+    pthread_mutex_lock(&s->log_lock);
+    s->background--;
+    pthread_cond_broadcast(&s->log_cond);
+    pthread_mutex_unlock(&s->log_lock);
+}
+
+static void mutable_journal_start(BaleMutable *m)
+{
+    BaleStore *s = m->image->store;
+
+    pthread_mutex_lock(&s->log_lock);
+    s->background++;
+    pthread_mutex_unlock(&s->log_lock);
+    m->journal.fn = mutable_journal_work;
+    bale_workers_push(s->workers, &m->journal, BALE_WORK_URGENT);
 }
 
 /* --- the interface --- */
@@ -272,6 +579,7 @@ int bale_mutable_put(BaleMutable *m, uint64_t offset, const struct iovec *iov,
                      int iovcnt, uint64_t at, size_t len, size_t *done,
                      BaleWork *retry)
 {
+    BaleStore *s = m->image->store;
     struct iovec zeroes = { m->zeroes, len };
     size_t accepted;
     bool stuck = false;
@@ -286,13 +594,20 @@ int bale_mutable_put(BaleMutable *m, uint64_t offset, const struct iovec *iov,
         ret = bale_seqcache_write(m->cache, offset + *done, &zeroes, 1, *done,
                                   len - *done, mutable_now_ns(), &accepted);
     }
+    if (accepted) {
+        uint32_t start = (offset + *done) & (s->cluster_size - 1);
+
+        bale_patch_note(&m->patched, offset >> s->cluster_bits, start,
+                        start + accepted, bale_seqcache_seq(m->cache));
+    }
     *done += accepted;
     if (ret == -EAGAIN || ret == -ENOMEM) {
         BaleSeqcacheStats stats;
 
         bale_seqcache_get_stats(m->cache, &stats);
         /* Room comes from a write-out; is there one, or can there be? */
-        if (stats.out_clusters || stats.finished_clusters || m->claims) {
+        if (stats.out_clusters || stats.finished_clusters || m->claims ||
+            m->journal_cluster != UINT64_MAX) {
             retry->next = m->waiting;
             m->waiting = retry;
         } else if (stats.open_clusters) {
@@ -301,10 +616,12 @@ int bale_mutable_put(BaleMutable *m, uint64_t offset, const struct iovec *iov,
                 bale_seqcache_begin_upto(m->cache, UINT64_MAX, &err);
 
             if (out) {
+                MutableOut *o = mutable_out_new(m, out);
+
                 retry->next = m->waiting;
                 m->waiting = retry;
                 pthread_mutex_unlock(&m->lock);
-                mutable_out_start(m, out);
+                mutable_out_start(o);
                 return -EAGAIN;
             }
             stuck = true;
@@ -324,10 +641,13 @@ int bale_mutable_put(BaleMutable *m, uint64_t offset, const struct iovec *iov,
 bool bale_mutable_claim(BaleMutable *m, uint64_t offset, uint64_t len,
                         BaleWork *retry)
 {
+    unsigned bits = m->image->store->cluster_bits;
     bool claimed;
 
     pthread_mutex_lock(&m->lock);
-    claimed = !bale_seqcache_in_out(m->cache, offset, len);
+    claimed = !bale_seqcache_in_out(m->cache, offset, len) &&
+              !(m->journal_cluster >= offset >> bits &&
+                m->journal_cluster - (offset >> bits) < len >> bits);
     if (BALE_PLANTED(claim_forgets)) {
         bale_seqcache_discard(m->cache, offset, len);
     }
@@ -350,12 +670,15 @@ void bale_mutable_settle(BaleMutable *m, uint64_t offset, uint64_t len,
     pthread_mutex_lock(&m->lock);
     bale_seqcache_release(m->cache, offset, len);
     if (written) {
+        unsigned bits = m->image->store->cluster_bits;
+
         bale_seqcache_discard(m->cache, offset, len);
+        bale_patch_forget(&m->patched, offset >> bits, len >> bits, true);
     }
     m->claims--;
     mutable_wake(m);
     /* What a flush waited for may have been what was discarded. */
-    flushes = mutable_take_flushes(m, 0);
+    flushes = mutable_take_flushes(m, 0, 0);
     pthread_mutex_unlock(&m->lock);
     mutable_finish_flushes(m, flushes, 0);
     mutable_kick(m);
@@ -367,8 +690,7 @@ bool bale_mutable_cached(BaleMutable *m, uint64_t offset, uint64_t len)
     bool cached;
 
     pthread_mutex_lock(&m->lock);
-    cached = bale_seqcache_end(m->cache) > offset &&
-             (bale_seqcache_lookup(m->cache, offset, len, &run) || run < len);
+    cached = bale_seqcache_lookup(m->cache, offset, len, &run) || run < len;
     pthread_mutex_unlock(&m->lock);
     return cached;
 }
@@ -390,7 +712,7 @@ size_t bale_mutable_read(BaleMutable *m, uint64_t offset, uint32_t len,
     size_t pos = 0, total = 0, run;
 
     pthread_mutex_lock(&m->lock);
-    while (bale_seqcache_end(m->cache) > offset && pos < len) {
+    while (pos < len) {
         uint64_t n;
         BaleMutableRun r;
 
@@ -419,34 +741,39 @@ size_t bale_mutable_read(BaleMutable *m, uint64_t offset, uint32_t len,
 }
 
 /* Under the lock.  What failed before is tried again. */
-static bool mutable_waiting(BaleMutable *m)
+static bool mutable_waiting(BaleMutable *m, bool write_out)
 {
+    uint64_t newest = bale_seqcache_seq(m->cache);
+
     bale_seqcache_retry(m->cache);
-    return bale_seqcache_oldest_seq(m->cache) <= bale_seqcache_seq(m->cache);
+    return mutable_oldest_unsaved(m) <= newest ||
+           (write_out && bale_seqcache_oldest_seq(m->cache) <= newest);
 }
 
-bool bale_mutable_waiting(BaleMutable *m)
+bool bale_mutable_waiting(BaleMutable *m, bool write_out)
 {
     bool waiting;
 
     pthread_mutex_lock(&m->lock);
-    waiting = mutable_waiting(m);
+    waiting = mutable_waiting(m, write_out);
     pthread_mutex_unlock(&m->lock);
     return waiting;
 }
 
-void bale_mutable_flush(BaleMutable *m, BaleDone *done, void *opaque)
+void bale_mutable_flush(BaleMutable *m, bool write_out, BaleDone *done,
+                        void *opaque)
 {
     MutableFlush *f, **p;
 
     pthread_mutex_lock(&m->lock);
-    if (!mutable_waiting(m)) {
+    if (!mutable_waiting(m, write_out)) {
         pthread_mutex_unlock(&m->lock);
         bale_log_flush(m->image->store, done, opaque);
         return;
     }
     f = g_new0(MutableFlush, 1);
     f->seq = bale_seqcache_seq(m->cache);
+    f->write_out = write_out;
     f->done = done;
     f->opaque = opaque;
     for (p = &m->flushes; *p; p = &(*p)->next) {
@@ -459,7 +786,218 @@ void bale_mutable_flush(BaleMutable *m, BaleDone *done, void *opaque)
 
 void bale_mutable_discard(BaleMutable *m, uint64_t offset, uint64_t len)
 {
+    unsigned bits = m->image->store->cluster_bits;
+    uint64_t first = bale_align_up(offset, 1ull << bits) >> bits;
+    MutableFlush *flushes;
+
     pthread_mutex_lock(&m->lock);
+    while (m->outs.length || m->journal_cluster != UINT64_MAX) {
+        pthread_cond_wait(&m->idle, &m->lock);
+    }
     bale_seqcache_discard(m->cache, offset, len);
+    bale_patch_forget(&m->patched, first, UINT64_MAX - first, true);
+    flushes = mutable_take_flushes(m, 0, 0);
     pthread_mutex_unlock(&m->lock);
+    mutable_finish_flushes(m, flushes, 0);
+}
+
+/* --- patches that others ask about --- */
+
+uint64_t bale_mutable_next_patched(BaleMutable *m, uint64_t first,
+                                   uint64_t end)
+{
+    GHashTableIter iter;
+    void *value;
+
+    pthread_mutex_lock(&m->lock);
+    g_hash_table_iter_init(&iter, m->patched.clusters);
+    while (m->patched.patches && g_hash_table_iter_next(&iter, NULL, &value)) {
+        BalePatched *p = value;
+
+        if (p->patches && p->cluster >= first && p->cluster < end) {
+            end = p->cluster;
+        }
+    }
+    pthread_mutex_unlock(&m->lock);
+    return end;
+}
+
+bool bale_mutable_any_patched(BaleMutable *m)
+{
+    bool any;
+
+    pthread_mutex_lock(&m->lock);
+    any = m->patched.patches > 0;
+    pthread_mutex_unlock(&m->lock);
+    return any;
+}
+
+/* The patch of @cluster at @address, or NULL.  Under the lock. */
+static BalePatch *mutable_find_patch(BaleMutable *m, uint64_t cluster,
+                                     uint64_t address)
+{
+    BalePatched *p = bale_patch_find(&m->patched, cluster);
+
+    for (guint i = 0; p && p->patches && i < p->patches->len; i++) {
+        BalePatch *patch = &g_array_index(p->patches, BalePatch, i);
+
+        if (patch->address == address) {
+            return patch;
+        }
+    }
+    return NULL;
+}
+
+bool bale_mutable_patch_live(BaleMutable *m, uint64_t cluster,
+                             uint64_t address)
+{
+    bool live;
+
+    pthread_mutex_lock(&m->lock);
+    live = mutable_find_patch(m, cluster, address) != NULL;
+    pthread_mutex_unlock(&m->lock);
+    return live;
+}
+
+void bale_mutable_patch_move(BaleMutable *m, uint64_t cluster,
+                             uint64_t address, uint32_t len, uint64_t copy)
+{
+    BaleStore *s = m->image->store;
+    BalePatch *patch;
+
+    pthread_mutex_lock(&m->lock);
+    patch = mutable_find_patch(m, cluster, address);
+    if (patch) {
+        patch->address = copy;
+    } else {
+        address = copy; /* superseded meanwhile: the copy is garbage */
+    }
+    pthread_mutex_lock(&s->log_lock);
+    bale_page_live_sub(s, address, bale_patch_live(len));
+    pthread_mutex_unlock(&s->log_lock);
+    pthread_mutex_unlock(&m->lock);
+}
+
+void bale_mutable_lock(BaleMutable *m)
+{
+    pthread_mutex_lock(&m->lock);
+}
+
+void bale_mutable_unlock(BaleMutable *m)
+{
+    pthread_mutex_unlock(&m->lock);
+}
+
+void bale_mutable_foreach_patch(BaleMutable *m, BalePatchVisit *visit,
+                                void *opaque)
+{
+    GHashTableIter iter;
+    void *value;
+
+    g_hash_table_iter_init(&iter, m->patched.clusters);
+    while (g_hash_table_iter_next(&iter, NULL, &value)) {
+        BalePatched *p = value;
+
+        for (guint i = 0; p->patches && i < p->patches->len; i++) {
+            BalePatch *patch = &g_array_index(p->patches, BalePatch, i);
+
+            visit(opaque, patch->address, bale_patch_live(patch->len));
+        }
+    }
+}
+
+/* --- recovery --- */
+
+/* Lay one patch over what is cached.  -EIO: damaged. */
+static int mutable_recover_one(BaleMutable *m, uint64_t cluster,
+                               const BalePatch *patch)
+{
+    BaleStore *s = m->image->store;
+    g_autofree uint8_t *payload = NULL;
+    uint64_t page, offset;
+    size_t accepted;
+    BaleRecord r;
+    int ret;
+
+    if (!bale_address_split(s, patch->address, &page, &offset)) {
+        return -EIO;
+    }
+    ret = bale_recover_record(s, patch->address, bale_page(s, page)->version,
+                              BALE_RECORD_HEADER_LEN + patch->len, &r,
+                              &payload);
+    if (ret < 0) {
+        return ret;
+    }
+    if (r.type != BALE_RECORD_PATCH || r.seq != patch->seq ||
+        r.cluster != cluster ||
+        r.count != patch->offset || r.payload_len != patch->len) {
+        return -EIO;
+    }
+    ret = bale_seqcache_write_buf(m->cache,
+                                  (cluster << s->cluster_bits) +
+                                      patch->offset,
+                                  payload, patch->len, 0, &accepted);
+    return ret == -EAGAIN ? -EFBIG : ret;
+}
+
+/* -EIO: the patch *@bad is damaged. */
+static int mutable_recover_cluster(BaleMutable *m, BalePatched *p,
+                                   BalePatch *bad)
+{
+    for (guint i = 0; i < p->patches->len; i++) {
+        guint n = BALE_PLANTED(patch_order) ? p->patches->len - 1 - i : i;
+        int ret = mutable_recover_one(
+            m, p->cluster, &g_array_index(p->patches, BalePatch, n));
+
+        if (ret < 0) {
+            *bad = g_array_index(p->patches, BalePatch, n);
+            return ret;
+        }
+    }
+    return 0;
+}
+
+int bale_mutable_recover_load(BaleMutable *m, BalePatchTable *t)
+{
+    BaleStore *s = m->image->store;
+    BalePatchTable empty = m->patched;
+    GHashTableIter iter;
+    void *value;
+
+    m->patched = *t;
+    *t = empty;
+    g_hash_table_iter_init(&iter, m->patched.clusters);
+    while (g_hash_table_iter_next(&iter, NULL, &value)) {
+        BalePatched *p = value;
+        BalePatch bad;
+        int ret;
+
+        if (p->patches->len > BALE_PATCHES_PER_CLUSTER_MAX) {
+            return -EFBIG;
+        }
+        ret = mutable_recover_cluster(m, p, &bad);
+        if (ret == -EIO) {
+            /* What lies under the patch is out of date. */
+            bale_seqcache_discard(m->cache, p->cluster << s->cluster_bits,
+                                  s->cluster_size);
+            bale_patch_drop(&m->patched, p, false);
+            ret = bale_patch_spoil(m->image->top, p->cluster, &bad);
+            g_hash_table_iter_remove(&iter);
+        }
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    g_hash_table_iter_init(&iter, m->patched.clusters);
+    while (g_hash_table_iter_next(&iter, NULL, &value)) {
+        BalePatched *p = value;
+
+        for (guint i = 0; i < p->patches->len; i++) {
+            BalePatch *patch = &g_array_index(p->patches, BalePatch, i);
+
+            bale_page_live_add(s, patch->address,
+                               bale_patch_live(patch->len));
+        }
+    }
+    return 0;
 }

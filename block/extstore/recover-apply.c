@@ -13,6 +13,7 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
+#include "patch-internal.h"
 #include "recover-internal.h"
 
 #include <errno.h>
@@ -141,6 +142,15 @@ static int apply_make_layers(Scan *scan)
     return ret;
 }
 
+/* What a newer record says of clusters hides their patches. */
+static void apply_hide_patches(BaleLayer *layer, uint64_t first,
+                               uint64_t count)
+{
+    if (layer->patches && !BALE_PLANTED(patch_unhidden)) {
+        bale_patch_forget(layer->patches, first, count, false);
+    }
+}
+
 /* A catalogue with a smaller size hides what older records say past that. */
 static void apply_tombstone(Scan *scan, const ScanEntry *e)
 {
@@ -164,9 +174,11 @@ static void apply_sizes(Scan *scan, const BaleCatalogue *cat)
         uint32_t id = bale_catalogue_resolve(s->catalogue, e->id, &clusters);
 
         if (id && g_hash_table_add(done, GUINT_TO_POINTER(id))) {
-            bale_layer_clear_from(
-                bale_layer_get(s, id),
-                bale_size_clusters(e->size, s->cluster_size));
+            BaleLayer *layer = bale_layer_get(s, id);
+            uint64_t end = bale_size_clusters(e->size, s->cluster_size);
+
+            bale_layer_clear_from(layer, end);
+            apply_hide_patches(layer, end, UINT64_MAX - end);
         }
     }
 }
@@ -248,6 +260,19 @@ static int apply_range(Scan *scan, BaleLayer *layer, uint64_t clusters,
     return 0;
 }
 
+static void apply_patch(BaleStore *s, BaleLayer *layer, const ScanEntry *e)
+{
+    BalePatch patch = { e->address, e->seq, e->count, e->payload_len };
+
+    if (BALE_PLANTED(patch_dropped)) {
+        return;
+    }
+    if (!layer->patches) {
+        layer->patches = bale_patch_table_new(s);
+    }
+    bale_patch_recover(layer->patches, e->cluster, &patch);
+}
+
 static int apply_entry(Scan *scan, const ScanEntry *e)
 {
     BaleStore *s = scan->s;
@@ -274,6 +299,7 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
         if (!apply_wanted(scan, layer, e, e->cluster)) {
             return 0;
         }
+        apply_hide_patches(layer, e->cluster, 1);
         return bale_layer_index_set(
             layer, e->cluster,
             bale_value(e->address,
@@ -288,7 +314,18 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
             return 0;
         }
         s->recovered_records++;
+        apply_hide_patches(layer, e->cluster,
+                           e->type == BALE_RECORD_DROP && e->count == 0
+                               ? UINT64_MAX
+                               : e->count);
         return apply_range(scan, layer, clusters, e);
+    case BALE_RECORD_PATCH:
+        if (!layer || e->cluster >= clusters || apply_is_old(scan, e)) {
+            return 0; /* or hidden by what the checkpoint knows */
+        }
+        s->recovered_records++;
+        apply_patch(s, layer, e);
+        return 0;
     default:
         return 0;
     }
@@ -301,6 +338,46 @@ bool bale_recover_count_live(uint64_t cluster, uint64_t value, void *opaque)
     bale_page_live_add(s, bale_value_address(value),
                        bale_value_live(value, s->cluster_size));
     return true;
+}
+
+/* The patches of @layer that are left go to the mutable region of its image. */
+static int apply_patches_left(BaleStore *s, BaleLayer *layer)
+{
+    uint64_t end = bale_size_clusters(layer->size, s->cluster_size);
+    BaleImageEntry *top = NULL;
+    BaleImage *image;
+    int ret = 0;
+
+    if (!layer->patches) {
+        return 0;
+    }
+    apply_hide_patches(layer, end, UINT64_MAX - end);
+    for (guint i = 0; i < s->catalogue->images->len && !top; i++) {
+        BaleImageEntry *e = &g_array_index(s->catalogue->images,
+                                           BaleImageEntry, i);
+
+        top = e->layer == layer->id ? e : NULL;
+    }
+    if (top) {
+        image = bale_image_new(s, layer, NULL);
+        if (!image) {
+            return -ENOMEM;
+        }
+        image->id = top->id;
+        bale_image_follow(image, s->catalogue);
+        g_ptr_array_add(s->images, image);
+        ret = bale_mutable_recover_load(image->mutable_region,
+                                        layer->patches);
+        if (ret == -EFBIG) {
+            bale_recover_report(s, "more patches than a store may have");
+        }
+    } else {
+        /* Nobody may have written to this layer: that reads as an error. */
+        ret = bale_patch_table_spoil(layer->patches, layer);
+    }
+    bale_patch_table_free(layer->patches);
+    layer->patches = NULL;
+    return ret;
 }
 
 /* What was found in the pages becomes the page table. */
@@ -366,6 +443,10 @@ int bale_scan_apply(Scan *scan)
         BaleLayer *layer = value;
 
         layer->size = bale_catalogue_layer(s->catalogue, layer->id)->size;
+        ret = apply_patches_left(s, layer);
+        if (ret < 0) {
+            return ret;
+        }
         bale_index_foreach(layer->index, bale_recover_count_live, s);
     }
     bale_page_live_add(s, s->catalogue_address, BALE_RECORD_HEADER_LEN);

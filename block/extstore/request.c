@@ -349,8 +349,8 @@ static void request_unref(BaleRequest *req)
         }
         if (ret == 0 && (req->flags & BALE_FUA) &&
             !BALE_PLANTED(fua_ignored)) {
-            bale_mutable_flush(req->image->mutable_region, request_flushed,
-                               req);
+            bale_mutable_flush(req->image->mutable_region, false,
+                               request_flushed, req);
             return;
         }
     }
@@ -1422,7 +1422,8 @@ static void timed_flush_done(void *opaque, int ret)
     g_free(f);
 }
 
-void bale_store_flush(BaleStore *store, BaleDone *done, void *opaque)
+static void store_flush(BaleStore *store, bool write_out, BaleDone *done,
+                        void *opaque)
 {
     TimedFlush *f;
     g_autofree BaleImage **images = NULL;
@@ -1435,22 +1436,17 @@ void bale_store_flush(BaleStore *store, BaleDone *done, void *opaque)
     }
     f = g_new(TimedFlush, 1);
     *f = (TimedFlush){ store, bale_now_ns(), done, opaque, 0, 1 };
-    pthread_mutex_lock(&store->log_lock);
-    n = store->images->len;
-    images = g_new(BaleImage *, n);
-    for (guint i = 0; i < n; i++) {
-        images[i] = g_ptr_array_index(store->images, i);
-    }
-    pthread_mutex_unlock(&store->log_lock);
+    images = bale_store_images(store, &n);
     /* Each of these ends with a flush of the log. */
     for (guint i = 0; i < n; i++) {
         BaleImage *image = images[i];
 
-        if (bale_mutable_waiting(image->mutable_region) &&
+        if (bale_mutable_waiting(image->mutable_region, write_out) &&
             !BALE_PLANTED(flush_misses_mutable)) {
             __atomic_fetch_add(&f->pending, 1, __ATOMIC_RELAXED);
             logged = true;
-            bale_mutable_flush(image->mutable_region, timed_flush_done, f);
+            bale_mutable_flush(image->mutable_region, write_out,
+                               timed_flush_done, f);
         }
     }
     if (logged) {
@@ -1458,4 +1454,32 @@ void bale_store_flush(BaleStore *store, BaleDone *done, void *opaque)
     } else {
         bale_log_flush(store, timed_flush_done, f);
     }
+}
+
+void bale_store_flush(BaleStore *store, BaleDone *done, void *opaque)
+{
+    store_flush(store, false, done, opaque);
+}
+
+void bale_store_write_out(BaleStore *s, BaleDone *done, void *opaque)
+{
+    store_flush(s, true, done, opaque);
+}
+
+int bale_store_write_out_sync(BaleStore *s)
+{
+    BaleSync sync = BALE_SYNC_INIT;
+
+    store_flush(s, true, bale_sync_done, &sync);
+    return bale_sync_wait(&sync);
+}
+
+void bale_patches_pause(BaleStore *s)
+{
+    __atomic_fetch_add(&s->patch_pauses, 1, __ATOMIC_ACQ_REL);
+}
+
+void bale_patches_resume(BaleStore *s)
+{
+    __atomic_fetch_sub(&s->patch_pauses, 1, __ATOMIC_ACQ_REL);
 }

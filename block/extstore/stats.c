@@ -158,16 +158,9 @@ void bale_store_get_stats(BaleStore *s, BaleStoreStats *stats)
         stats->write_amplification_permille =
             stats->segment_bytes * 1000 / stats->stored_bytes;
     }
-    pthread_mutex_lock(&s->log_lock);
-    n = s->images->len;
-    images = g_new(BaleImage *, n);
+    images = bale_store_images(s, &n);
     for (guint i = 0; i < n; i++) {
-        images[i] = g_ptr_array_index(s->images, i);
-    }
-    pthread_mutex_unlock(&s->log_lock);
-    for (guint i = 0; i < n; i++) {
-        bale_mutable_count(images[i]->mutable_region,
-                           &stats->mutable_clusters, &stats->mutable_bytes);
+        bale_mutable_count(images[i]->mutable_region, stats);
     }
     stats_index(s, stats);
     stats_queues(s, stats);

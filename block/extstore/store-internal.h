@@ -6,6 +6,7 @@
  *     image.c       images: their records, their status
  *     layer.c       layers: which record holds a cluster
  *     mutable.c     clusters written in part, on a seqcache
+ *     patch.c       what of these the log has as patches
  *     cache.c       decompressed clusters in memory
  *     log.c         appends records to pages through write buffers; flushes
  *     page.c        the page table: allocates, counts, frees pages
@@ -53,6 +54,7 @@ typedef struct BaleWriteBuffer BaleWriteBuffer;
 typedef struct BaleFlushWaiter BaleFlushWaiter;
 typedef struct BaleCache BaleCache;
 typedef struct BaleMutable BaleMutable;
+typedef struct BalePatchTable BalePatchTable;
 typedef struct BaleLayer BaleLayer;
 
 /* --- pages (page.c); all fields under log_lock --- */
@@ -154,6 +156,7 @@ struct BaleLayer {
     BaleLayer *target;       /* gone: merged into this, only for a moment */
     uint64_t target_clusters;
     uint64_t counted;        /* by a listing, under admin_lock */
+    BalePatchTable *patches; /* only while a scan is applied */
 };
 
 /* Somebody reads in sequence; a small read that fits none makes a new one. */
@@ -300,6 +303,7 @@ struct BaleStore {
     bool space_wanted;       /* compact what would otherwise be let be */
     uint64_t space_rounds;
 
+    unsigned patch_pauses;     /* atomic: see bale_patches_pause() */
     uint64_t reads_in_flight;  /* atomic: requests of callers */
     uint64_t writes_in_flight; /* atomic */
     BaleStoreStats stats;    /* atomic, but for those under log_lock */
@@ -588,8 +592,8 @@ typedef struct BaleMutableRun {
 
 BaleMutable *bale_mutable_new(BaleImage *image);
 void bale_mutable_free(BaleMutable *m);
-/* Adds what is cached, in write-out or not, to *@clusters and *@bytes. */
-void bale_mutable_count(BaleMutable *m, uint64_t *clusters, uint64_t *bytes);
+/* Adds what is cached, in write-out or not, and its patches. */
+void bale_mutable_count(BaleMutable *m, BaleStoreStats *stats);
 /*
  * Take @len bytes that begin @at bytes into @iov (NULL: zeroes), less the
  * *@done that were taken before.  They lie in one cluster.  -EAGAIN: full;
@@ -620,11 +624,54 @@ uint64_t bale_mutable_end(BaleMutable *m);
  */
 size_t bale_mutable_read(BaleMutable *m, uint64_t offset, uint32_t len,
                          uint8_t **buf, GArray **runs);
-/* Is anything in the region that a flush has to write out? */
-bool bale_mutable_waiting(BaleMutable *m);
-/* Write out what was put before, then flush the log. */
-void bale_mutable_flush(BaleMutable *m, BaleDone *done, void *opaque);
+/* Is anything in the region that bale_mutable_flush() has to do with? */
+bool bale_mutable_waiting(BaleMutable *m, bool write_out);
+/*
+ * Put into the log what was put here before, then flush that.  Small pieces
+ * become patches, and stay here, unless @write_out.
+ */
+void bale_mutable_flush(BaleMutable *m, bool write_out, BaleDone *done,
+                        void *opaque);
+/* Forget bytes.  What patches say of whole clusters is hidden by now. */
 void bale_mutable_discard(BaleMutable *m, uint64_t offset, uint64_t len);
+/* The first cluster in [@first, @end) with patches that count, or @end. */
+uint64_t bale_mutable_next_patched(BaleMutable *m, uint64_t first,
+                                   uint64_t end);
+bool bale_mutable_any_patched(BaleMutable *m);
+/* Does the patch at @address count? */
+bool bale_mutable_patch_live(BaleMutable *m, uint64_t cluster,
+                             uint64_t address);
+/* It has been copied; the page counters follow. */
+void bale_mutable_patch_move(BaleMutable *m, uint64_t cluster,
+                             uint64_t address, uint32_t len, uint64_t copy);
+typedef void BalePatchVisit(void *opaque, uint64_t address, uint32_t live);
+/* Between these two; whoever holds several of these locks is a check. */
+void bale_mutable_lock(BaleMutable *m);
+void bale_mutable_unlock(BaleMutable *m);
+void bale_mutable_foreach_patch(BaleMutable *m, BalePatchVisit *visit,
+                                void *opaque);
+/*
+ * Recovery, before there are requests: take the patches of the image over from
+ * @t, and lay them over what is cached.  Damaged ones make their clusters
+ * unreadable.  -EFBIG: more than the caps of the format; -ENOMEM.
+ */
+int bale_mutable_recover_load(BaleMutable *m, BalePatchTable *t);
+/*
+ * Write out the mutable regions of all images, then flush the log.  Afterwards
+ * nothing that was written before is in a patch.
+ */
+void bale_store_write_out(BaleStore *s, BaleDone *done, void *opaque);
+int bale_store_write_out_sync(BaleStore *s);
+/*
+ * Between these no patch is appended: flushes write whole clusters.  For who
+ * needs a log without patches that count: pause, write out, look, resume.
+ */
+void bale_patches_pause(BaleStore *s);
+void bale_patches_resume(BaleStore *s);
+/* The images opened so far, to be freed by the caller; takes log_lock. */
+BaleImage **bale_store_images(BaleStore *s, guint *n);
+/* Of them, the one whose top layer is @layer, or NULL; takes log_lock. */
+BaleImage *bale_image_of_layer(BaleStore *s, uint32_t layer);
 
 /* cache.c */
 /* NULL: no memory.  @stats: where it counts; @bytes may be 0. */

@@ -14,6 +14,9 @@
 #include "util/memory.h"
 #include "util/planted.h"
 
+/* How often a checkpoint begins anew because there are patches. */
+#define CHECKPOINT_TRIES_MAX 4
+
 G_DEFINE_QUARK(bale-store-error-quark, bale_store_error)
 
 int bale_error_to_errno(const GError *err)
@@ -544,12 +547,53 @@ void bale_store_quiesce(BaleStore *s)
     pthread_mutex_unlock(&s->log_lock);
 }
 
-bool bale_store_checkpoint(BaleStore *s, GError **errp)
+/*
+ * What recovery found in patches stays as it is until somebody writes: a store
+ * that is opened and closed is not changed.
+ */
+static bool store_wants_write_out(BaleStore *s)
+{
+    g_autofree BaleImage **images = NULL;
+    bool wants;
+    guint n;
+
+    pthread_rwlock_rdlock(&s->session_lock);
+    wants = s->session;
+    pthread_rwlock_unlock(&s->session_lock);
+    images = bale_store_images(s, &n);
+    for (guint i = 0; i < n && !wants; i++) {
+        wants = bale_mutable_waiting(images[i]->mutable_region, false);
+    }
+    return wants;
+}
+
+static bool store_has_patches(BaleStore *s)
+{
+    g_autofree BaleImage **images = NULL;
+    bool has = false;
+    guint n;
+
+    images = bale_store_images(s, &n);
+    for (guint i = 0; i < n && !has; i++) {
+        has = bale_mutable_any_patched(images[i]->mutable_region);
+    }
+    return has;
+}
+
+/*
+ * One attempt: no patches are appended meanwhile.  *@again: somebody began a
+ * session before we had the lock, and recovery had left patches.
+ */
+static bool store_checkpoint(BaleStore *s, bool *again, GError **errp)
 {
     bool ok = true;
-    int ret;
+    int ret = 0;
 
-    ret = s->read_only || store_failed(s) ? 0 : bale_store_flush_sync(s);
+    *again = false;
+    if (!s->read_only && !store_failed(s)) {
+        ret = store_wants_write_out(s) ? bale_store_write_out_sync(s)
+                                       : bale_store_flush_sync(s);
+    }
     bale_maintain_pause(s);
     bale_store_quiesce(s);
     if (ret < 0) {
@@ -564,11 +608,28 @@ bool bale_store_checkpoint(BaleStore *s, GError **errp)
         ok = store_error(errp, BALE_STORE_ERROR_IO,
                          "the store has failed before: %s",
                          g_strerror(-store_failed(s)));
+    } else if (s->session && store_has_patches(s)) {
+        *again = true;
+        ok = store_error(errp, BALE_STORE_ERROR_IO,
+                         "the store is busy: small writes are left");
     } else if (s->session) {
         ok = bale_checkpoint_write(s, errp);
     }
     pthread_rwlock_unlock(&s->session_lock);
     bale_maintain_resume(s);
+    return ok;
+}
+
+bool bale_store_checkpoint(BaleStore *s, GError **errp)
+{
+    bool ok = false, again = true;
+
+    bale_patches_pause(s);
+    for (int i = 0; i < CHECKPOINT_TRIES_MAX && again; i++) {
+        g_clear_error(errp);
+        ok = store_checkpoint(s, &again, errp);
+    }
+    bale_patches_resume(s);
     return ok;
 }
 

@@ -256,6 +256,8 @@ typedef struct BaleStoreStats {
     BaleBucketStats buckets[BALE_STATS_BUCKETS];
 
     uint64_t records_appended, zero_records;
+    uint64_t patches, patch_bytes;     /* appended by flushes; record bytes */
+    uint64_t patches_live, patches_live_bytes; /* now: a recovery needs them */
     uint64_t logical_bytes;            /* guest bytes compressed */
     uint64_t stored_bytes;             /* record bytes appended for them */
     uint64_t segments, segment_bytes, padding_bytes;

@@ -48,6 +48,11 @@ enum {
     BALE_PLANTED_checkpoint_not_flushed,
     BALE_PLANTED_mark_not_awaited,
     BALE_PLANTED_tail_too_short,
+    BALE_PLANTED_patches_not_written,
+    BALE_PLANTED_patch_dropped,
+    BALE_PLANTED_patch_order,
+    BALE_PLANTED_patch_freed_early,
+    BALE_PLANTED_patch_unhidden,
 };
 
 #ifndef BALE_PLANTED_BUG

@@ -226,11 +226,13 @@ void bale_seqcache_discard_all(BaleSeqcache *sc);
 /*
  * Clusters that intersect the range and are cached now are not offered for
  * write-out until bale_seqcache_release() with the same range.  Ranges held
- * at one time must not share a cluster, and the caller must not write to
- * their clusters meanwhile.  Does not stop a write-out that has begun.
+ * at one time must not share a cluster; of their clusters, the caller must not
+ * write to one that is not cached.  Does not stop a write-out that has begun.
  */
 void bale_seqcache_hold(BaleSeqcache *sc, uint64_t offset, uint64_t len);
 void bale_seqcache_release(BaleSeqcache *sc, uint64_t offset, uint64_t len);
+/* Is the cluster that contains @offset cached and held? */
+bool bale_seqcache_is_held(const BaleSeqcache *sc, uint64_t offset);
 
 /* Is a cluster that intersects the range in write-out? */
 bool bale_seqcache_in_out(const BaleSeqcache *sc, uint64_t offset,

@@ -120,10 +120,10 @@ char *case_parse(Case *c, const char *text);
 char *case_text(const Case *c, const char *detail);
 
 /* The letters of all steps, and of those that are enumerated. */
-#define STEPS_ENUMERATED "wopzdfuKksgcbrnevm"
-#define STEPS_SAMPLED "wopzdfuksgcbrwophhhqyfKKnevm"
+#define STEPS_ENUMERATED "wopzdfuKjksgcbrnevm"
+#define STEPS_SAMPLED "wopzdfujksgcbrwophhhqyfKKnevmjjp"
 /* What fills and frees pages. */
-#define STEPS_SPACE "hhhhhccwfkrsdKKnem"
+#define STEPS_SPACE "hhhhhccwfkrsdKKnemj"
 const char *step_describe(char step);
 
 typedef struct World {

@@ -404,6 +404,7 @@ const char *step_describe(char step)
     case 'z': return "zero sectors and a whole cluster";
     case 'y': return "zero the second cluster";
     case 'd': return "discard three clusters";
+    case 'j': return "write two sectors, flush, two that overlap, flush";
     case 'f': return "flush";
     case 'u': return "write two sectors with FUA";
     case 'k': return "checkpoint";
@@ -442,6 +443,8 @@ static Range step_range(World *w, char step)
     case 'y': r = (Range){ c, c }; break;
     case 'd': r = (Range){ c, 3 * c }; break;
     case 'u': r = (Range){ 2 * c + 1, 2 }; break;
+    case 'j': r = (Range){ c + 1, 2 }; break;
+    case 'J': r = (Range){ c + 2, 2 }; break;
     }
     if (r.first >= size) {
         return (Range){ 0, 0 };
@@ -669,6 +672,10 @@ bool world_step(World *w, char step)
     case 'k':
     case 'K':
         ok = step_barrier(w, step);
+        break;
+    case 'j':
+        ok = step_request(w, 'j') == 0 && step_barrier(w, 'f') &&
+             step_request(w, 'J') == 0 && step_barrier(w, 'f');
         break;
     case 's':
     case 'g':
