@@ -69,9 +69,10 @@ STATE_CLEAN = 1
 
 DATA, ZERO, IMAGE, SEGMENT, DIRECTORY, PART, ROOT, DROP, CATALOGUE = range(
     1, 10)
+PATCH = 10
 TYPE_NAMES = {DATA: 'data', ZERO: 'zero', IMAGE: 'image', SEGMENT: 'segment',
               DIRECTORY: 'directory', PART: 'part', ROOT: 'root',
-              DROP: 'drop', CATALOGUE: 'catalogue'}
+              DROP: 'drop', CATALOGUE: 'catalogue', PATCH: 'patch'}
 SKIPPABLE = 128                 # types from here on may be skipped
 NONE, DEFLATE, ZSTANDARD = range(3)
 CODEC_NAMES = {NONE: 'none', DEFLATE: 'deflate', ZSTANDARD: 'zstd'}
@@ -87,6 +88,9 @@ IMAGE_PAYLOAD_MAX = 32 + 255 + 4095 + 63
 CATALOGUE_PAYLOAD_MAX = 1 * MiB
 DEPTH_MAX = 256                 # layers under each other
 PARTS_MAX = 100000
+PATCHED_BYTES = 32 * MiB
+PATCHED_CLUSTERS_MIN = 8
+PATCHES_PER_CLUSTER_MAX = 256
 CHUNK = 16384                   # index values in a chunk
 # Limits of the size classes, in 1/256 of a cluster
 CLASSES = (0, 1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 208, 256)
@@ -254,6 +258,9 @@ class Record:
         if self.type in (DATA, ZERO, DROP):
             text += (f' layer={self.layer} cluster={self.cluster}'
                      f' count={self.count}')
+        elif self.type == PATCH:
+            text += (f' layer={self.layer} cluster={self.cluster}'
+                     f' at={self.count}')
         if self.type == DATA:
             text += f' codec={CODEC_NAMES.get(self.codec, self.codec)}'
         if self.payload_length:
@@ -481,6 +488,23 @@ class Page:
         self.proven = 0
 
 
+class Patched(Record):
+    """A cluster with patches that no newer record of the cluster hides."""
+
+    __slots__ = ('base', 'patches')
+
+    def __init__(self, base, patches):
+        newest = patches[-1]
+        self.base, self.patches = base, patches
+        self.page, self.offset = newest.page, newest.offset
+        self.version, self.sequence = newest.version, newest.sequence
+        self.layer, self.cluster = newest.layer, newest.cluster
+        self.type, self.count, self.codec = PATCH, 1, NONE
+        self.payload_length = newest.payload_length
+        self.damage = next((f'patch {p.sequence}: {p.damage}'
+                            for p in patches if p.damage), None)
+
+
 class Ranges:
     """A map of disjoint ranges of clusters; the last assignment wins."""
 
@@ -526,11 +550,30 @@ class State:
     def __init__(self):
         self.catalogue = None
         self.layers = {}        # layer -> Ranges of Records
+        self.patches = {}       # (layer, cluster) -> Records in order
         self.next_sequence = 0
 
     @property
     def images(self):
         return self.catalogue.images if self.catalogue else {}
+
+    def hide_patches(self, layer, start, end):
+        self.patches = {
+            (number, cluster): patches
+            for (number, cluster), patches in self.patches.items()
+            if number != layer or not start <= cluster < end}
+
+    def lay_patches(self):
+        """The scan is complete: put what is left into the layers."""
+        most = {}
+        for (layer, cluster), patches in self.patches.items():
+            base = self.layer(layer).lookup(cluster)
+            self.layer(layer).assign(cluster, cluster + 1,
+                                     Patched(base, patches))
+            if len({p.sequence for p in patches}) > PATCHES_PER_CLUSTER_MAX:
+                raise Unreadable('too many patches of a cluster')
+            most[layer] = most.get(layer, 0) + 1
+        return max(most.values(), default=0)
 
     def layer(self, number):
         if number not in self.layers:
@@ -600,7 +643,7 @@ class Store:
         return SUPER_SIZE + page * self.sb.page_size
 
     def payload_cap(self, kind):
-        if kind == DATA:
+        if kind in (DATA, PATCH):
             return self.sb.cluster_size
         return {SEGMENT: SEGMENT_PAYLOAD_MAX,
                 IMAGE: IMAGE_PAYLOAD_MAX,
@@ -648,6 +691,11 @@ class Store:
             raise Damage('zero record without clusters')
         if r.type in (ZERO, DROP) and r.payload_length:
             raise Damage('payload on a zero or drop record')
+        if r.type == PATCH and (
+                r.payload_length == 0
+                or r.count + r.payload_length > self.sb.cluster_size
+                or r.cluster > IMAGE_CLUSTERS_MAX):
+            raise Damage('patch outside its cluster')
         if (r.type in (DATA, ZERO, DROP)
                 and r.cluster + r.count > IMAGE_CLUSTERS_MAX):
             raise Damage('clusters out of range')
@@ -663,8 +711,24 @@ class Store:
         r = self.read_header(page, version, offset)
         return r, self.verify_record(r)
 
+    def patched_cluster(self, r):
+        base = r.base
+        if base is not None and base.damage:
+            raise Damage(base.damage)
+        if base is None or base.type == ZERO:
+            data = bytearray(self.sb.cluster_size)
+        else:
+            data = bytearray(self.cluster_of(base))
+        for p in r.patches:
+            header = self.read_header(p.page, p.version, p.offset)
+            payload = self.verify_record(header)
+            data[header.count:header.count + len(payload)] = payload
+        return bytes(data)
+
     def cluster_of(self, r):
         """The bytes of the cluster that data record @r holds."""
+        if r.type == PATCH:
+            return self.patched_cluster(r)
         size = self.sb.cluster_size
         header = self.read_header(r.page, r.version, r.offset)
         if (header.type, header.layer, header.cluster, header.sequence) != (
@@ -988,7 +1052,7 @@ class Store:
                     self.corrupt = True
                 applied += [r for r in segment.records
                             if r.type in (DATA, ZERO, DROP, IMAGE,
-                                          CATALOGUE)]
+                                          CATALOGUE, PATCH)]
                 for r in segment.records:
                     state.next_sequence = max(state.next_sequence,
                                               r.sequence + 1)
@@ -1016,6 +1080,9 @@ class Store:
                 self.apply_sizes(state, catalogues[r])
             elif r.type not in (IMAGE, CATALOGUE) and state.catalogue:
                 self.apply(state, r)
+        if state.lay_patches() > max(PATCHED_BYTES // self.sb.cluster_size,
+                                     PATCHED_CLUSTERS_MIN):
+            raise Unreadable('too many clusters with patches')
         return state
 
     def catalogue_of(self, r):
@@ -1040,11 +1107,16 @@ class Store:
             done.add(layer)
             first = catalogue.clusters(catalogue.layers[number].size)
             state.layer(layer).assign(first, IMAGE_CLUSTERS_MAX, None)
+            state.hide_patches(layer, first, IMAGE_CLUSTERS_MAX)
 
     def apply(self, state, r):
         layer, limit = state.catalogue.resolve(r.layer)
         if layer is None:
             return              # the layer was deleted
+        if r.type == PATCH:
+            if r.cluster < limit:
+                self.apply_patch(state, layer, r)
+            return
         last = r.cluster + r.count
         if r.type == DROP and r.count == 0:
             last = limit
@@ -1052,6 +1124,17 @@ class Store:
         value = None if r.type == DROP and not r.damage else r
         if r.cluster < last:
             state.layer(layer).assign(r.cluster, last, value)
+            if state.patches:
+                state.hide_patches(layer, r.cluster, last)
+
+    def apply_patch(self, state, layer, r):
+        patches = state.patches.setdefault((layer, r.cluster), [])
+        if patches and patches[-1].sequence == r.sequence:
+            # Compaction has copied it: either will do.
+            if patches[-1].damage:
+                patches[-1] = r
+            return
+        patches.append(r)
 
     # --- checkpoint ---
 
@@ -1307,6 +1390,7 @@ def command_info(store, args):
         limit = -(-image.size // sb.cluster_size)
         for start, end, r in state.layer(image.layer):
             kind = 'damaged' if r.damage else TYPE_NAMES[r.type]
+            kind = 'data' if kind == 'patch' else kind
             allocated[kind] += max(min(end, limit) - start, 0)
         images.append({
             'id': image.id, 'name': image.name, 'size': image.size,
@@ -1386,7 +1470,7 @@ def command_check(store, args):
     clusters = 0
     for ranges in state.layers.values():
         for start, end, r in ranges:
-            if r.type != DATA:
+            if r.type not in (DATA, PATCH):
                 continue
             clusters += 1
             try:
