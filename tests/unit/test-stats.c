@@ -140,14 +140,22 @@ static void test_counters(void)
 
     g_assert_cmpint(bale_store_flush_sync(f.store), ==, 0);
     s = check(&f);
-    g_assert_cmpuint(s->mutable_bytes, ==, 0);
-    g_assert_cmpuint(s->logical_bytes, ==, 101 * CLUSTER);
+    /* Saved as a patch, the cluster stays. */
+    g_assert_cmpuint(s->mutable_bytes, ==, 512);
+    g_assert_cmpuint(s->patches, ==, 1);
+    g_assert_cmpuint(s->patches_live, ==, 1);
+    g_assert_cmpuint(s->patches_live_bytes, ==, 64 + 512);
     g_assert_cmpuint(s->durable_bytes, ==, s->sealed_bytes);
     g_assert_cmpuint(s->durable_bytes, >, 0);
     g_assert_cmpuint(s->segment_bytes, >=, s->stored_bytes);
     g_assert_cmpuint(s->write_amplification_permille, >=, 1000);
-    g_assert_cmpuint(s->index_entries, ==, 101);
     g_assert_cmpuint(s->flush_latency.count, ==, 1);
+    g_assert_true(bale_store_checkpoint(f.store, NULL));
+    s = check(&f);
+    g_assert_cmpuint(s->mutable_bytes, ==, 0);
+    g_assert_cmpuint(s->patches_live, ==, 0);
+    g_assert_cmpuint(s->logical_bytes, ==, 101 * CLUSTER);
+    g_assert_cmpuint(s->index_entries, ==, 101);
     g_assert_cmpuint(s->writes_in_flight, ==, 0);
     g_assert_cmpuint(s->write_buffers_in_flight, ==, 0);
 

@@ -1,0 +1,409 @@
+/*
+ * Patches: what a flush of small writes costs, and what is left of it after a
+ * kill, a discard, a compaction, damage and a clean close.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include <errno.h>
+#include <string.h>
+
+#include "extstore/device-sim.h"
+#include "extstore/store.h"
+
+#define CLUSTER 65536u
+#define BLOCK   4096u
+#define CLUSTERS 64u
+
+typedef struct Fixture {
+    BaleSimOptions sim;
+    BaleCreateOptions create;
+    BaleOpenOptions open;
+    BaleDevice *dev; /* owned by store while that is open */
+    BaleStore *store;
+    BaleImage *image;
+    unsigned complaints;
+} Fixture;
+
+static void complain(void *opaque, const char *what)
+{
+    g_test_message("the store says: %s", what);
+    g_atomic_int_inc(&((Fixture *)opaque)->complaints);
+}
+
+static void fixture_open(Fixture *f, bool read_only)
+{
+    g_autoptr(GError) err = NULL;
+
+    f->open.read_only = read_only;
+    f->open.workers = 2;
+    f->open.damage = complain;
+    f->open.notify_opaque = f;
+    f->store = bale_store_open(f->dev, &f->open, &err);
+    g_assert_no_error(err);
+    f->image = bale_image_open(f->store, NULL, &err);
+    g_assert_no_error(err);
+}
+
+static void fixture_init(Fixture *f)
+{
+    g_autoptr(GError) err = NULL;
+
+    memset(f, 0, sizeof(*f));
+    f->create.size = CLUSTERS * CLUSTER;
+    f->create.page_size = 2u << 20;
+    f->create.cluster_size = CLUSTER;
+    f->create.codec = BALE_CODEC_ZSTD;
+    f->sim.no_history = true;
+    f->dev = bale_sim_new(&f->sim);
+    g_assert_true(bale_store_create(f->dev, &f->create, &err));
+    g_assert_no_error(err);
+    fixture_open(f, false);
+}
+
+static void fixture_close(Fixture *f)
+{
+    g_autoptr(GError) err = NULL;
+
+    bale_image_close(f->image);
+    g_assert_true(bale_store_close(f->store, &err));
+    g_assert_no_error(err);
+    f->dev = NULL;
+}
+
+/* The device as it is now, without and with a close before. */
+static void fixture_kill(Fixture *f, bool read_only)
+{
+    g_autoptr(BaleSimImage) image = bale_sim_image(f->dev);
+
+    fixture_close(f);
+    f->dev = bale_sim_new_from_image(image, &f->sim);
+    fixture_open(f, read_only);
+}
+
+static void fixture_reopen(Fixture *f)
+{
+    g_assert_true(bale_store_checkpoint(f->store, NULL));
+    fixture_kill(f, false);
+}
+
+static BaleStoreStats fixture_stats(Fixture *f)
+{
+    BaleStoreStats stats;
+
+    bale_store_get_stats(f->store, &stats);
+    return stats;
+}
+
+static void put(Fixture *f, uint64_t offset, uint32_t len, uint8_t value)
+{
+    g_autofree uint8_t *buf = g_malloc(len);
+
+    memset(buf, value, len);
+    for (uint32_t i = 0; i + 8 <= len && value; i += 8) {
+        memcpy(buf + i, &i, 4); /* no run of one byte */
+    }
+    g_assert_cmpint(bale_image_write_sync(f->image, offset, buf, len, 0), ==,
+                    0);
+}
+
+static void flush(Fixture *f)
+{
+    g_assert_cmpint(bale_store_flush_sync(f->store), ==, 0);
+}
+
+/* Does the byte 4 behind @offset have @value?  (See put().) */
+static void check(Fixture *f, uint64_t offset, uint8_t value)
+{
+    uint8_t buf[8];
+
+    g_assert_cmpint(bale_image_read_sync(f->image, offset, buf, 8), ==, 0);
+    g_assert_cmpint(buf[4], ==, value);
+}
+
+static void check_store(Fixture *f)
+{
+    BaleCheckResult r;
+
+    g_assert_true(bale_store_check(f->store, BALE_CHECK_DATA, NULL, NULL, &r,
+                                   NULL));
+    g_assert_cmpuint(r.damaged, ==, 0);
+    g_assert_cmpuint(r.wrong_counters, ==, 0);
+}
+
+static uint64_t device_bytes(Fixture *f)
+{
+    BaleDeviceStats stats;
+
+    f->dev->ops->get_stats(f->dev, &stats);
+    return stats.store_bytes;
+}
+
+/* 4 KiB and a flush cost at most three blocks, also on average. */
+static void test_cost(void)
+{
+    uint64_t first, all;
+    Fixture f;
+
+    fixture_init(&f);
+    put(&f, 0, CLUSTER, 1);
+    flush(&f);
+    all = device_bytes(&f);
+    for (unsigned i = 0; i < 256; i++) {
+        first = device_bytes(&f);
+        put(&f, (uint64_t)(i * 7 % CLUSTERS) * CLUSTER + i % 15 * BLOCK,
+            BLOCK, i);
+        flush(&f);
+        if (i < 64) {
+            g_assert_cmpuint(device_bytes(&f) - first, <=, 3 * BLOCK);
+        }
+    }
+    g_assert_cmpuint(device_bytes(&f) - all, <=, 256 * 3 * BLOCK);
+    check_store(&f);
+    fixture_close(&f);
+}
+
+/* The patches of a cluster that is written over and over are bounded. */
+static void test_rewrite(void)
+{
+    Fixture f;
+
+    fixture_init(&f);
+    for (unsigned i = 1; i <= 200; i++) {
+        put(&f, 8192, BLOCK, i);
+        flush(&f);
+        g_assert_cmpuint(fixture_stats(&f).patches_live_bytes, <=,
+                         2 * CLUSTER);
+    }
+    g_assert_cmpuint(fixture_stats(&f).logical_bytes, >, 0);
+    fixture_kill(&f, false);
+    check(&f, 8192, 200);
+    check(&f, 0, 0);
+    check_store(&f);
+    fixture_close(&f);
+}
+
+/* Only patches, patches over a cluster, patches over patches. */
+static void test_kill(void)
+{
+    Fixture f;
+
+    fixture_init(&f);
+    put(&f, CLUSTER, CLUSTER, 1);
+    flush(&f);
+    put(&f, CLUSTER + 4096, 4096, 2);
+    put(&f, 512, 512, 3);
+    flush(&f);
+    put(&f, CLUSTER + 6144, 4096, 4);
+    flush(&f);
+    put(&f, CLUSTER + 32768, 512, 5); /* not flushed, so nowhere */
+    fixture_kill(&f, false);
+    g_assert_cmpuint(fixture_stats(&f).patches_live, ==, 3);
+    for (unsigned i = 0; i < 3; i++) {
+        check(&f, 0, 0);
+        check(&f, 512, 3);
+        check(&f, CLUSTER, 1);
+        check(&f, CLUSTER + 4096, 2);
+        check(&f, CLUSTER + 6144, 4);
+        check(&f, CLUSTER + 32768, 1);
+        check_store(&f);
+        if (i == 0) {
+            fixture_kill(&f, false);
+        } else {
+            /* A write, so that a checkpoint follows. */
+            put(&f, 9 * CLUSTER, 512, 1);
+            fixture_reopen(&f);
+            g_assert_cmpuint(fixture_stats(&f).patches_live, ==, 0);
+        }
+    }
+    g_assert_cmpuint(f.complaints, ==, 0);
+    fixture_close(&f);
+}
+
+/* A reader of a store that was left open sees patches, and writes nothing. */
+static void test_read_only(void)
+{
+    uint64_t before;
+    Fixture f;
+
+    fixture_init(&f);
+    put(&f, CLUSTER, CLUSTER, 1);
+    put(&f, CLUSTER + 4096, 4096, 2);
+    flush(&f);
+    put(&f, CLUSTER + 4096, 512, 3);
+    flush(&f);
+    fixture_kill(&f, true);
+    before = device_bytes(&f);
+    check(&f, CLUSTER, 1);
+    check(&f, CLUSTER + 4096, 3);
+    check(&f, CLUSTER + 4608, 2);
+    flush(&f);
+    check_store(&f);
+    g_assert_cmpuint(device_bytes(&f), ==, before);
+
+    /* Then it may be written, and closes cleanly. */
+    g_assert_true(bale_store_set_read_only(f.store, false, NULL));
+    put(&f, CLUSTER + 4096 + 1024, 512, 4);
+    fixture_reopen(&f);
+    check(&f, CLUSTER + 4096, 3);
+    check(&f, CLUSTER + 4096 + 1024, 4);
+    fixture_close(&f);
+}
+
+/* What comes after a patch hides it: a write, zeroes, a discard, a cut. */
+static void test_hidden(void)
+{
+    Fixture f;
+
+    fixture_init(&f);
+    for (unsigned i = 0; i < 8; i++) {
+        put(&f, i * CLUSTER + 4096, 512, 1);
+    }
+    put(&f, 40 * CLUSTER, 512, 1);
+    flush(&f);
+    g_assert_cmpuint(fixture_stats(&f).patches_live, ==, 9);
+    put(&f, 0, CLUSTER, 2);
+    g_assert_cmpint(bale_image_zero_sync(f.image, CLUSTER, CLUSTER, 0), ==,
+                    0);
+    g_assert_cmpint(bale_image_zero_sync(f.image, 2 * CLUSTER, CLUSTER,
+                                         BALE_DISCARD), ==, 0);
+    g_assert_cmpint(bale_image_zero_sync(f.image, 3 * CLUSTER + 4096, 512,
+                                         BALE_DISCARD), ==, 0);
+    g_assert_true(bale_image_resize(f.image, 30 * CLUSTER + 512, NULL));
+    g_assert_true(bale_image_resize(f.image, CLUSTERS * CLUSTER, NULL));
+    fixture_kill(&f, false);
+    check(&f, 4096, 2);
+    check(&f, CLUSTER + 4096, 0);
+    check(&f, 2 * CLUSTER + 4096, 0);
+    check(&f, 3 * CLUSTER + 4096, 0);
+    check(&f, 4 * CLUSTER + 4096, 1);
+    check(&f, 40 * CLUSTER, 0);
+    put(&f, 4 * CLUSTER + 4096, 512, 3);
+    flush(&f);
+    g_assert_true(bale_image_clear(f.image, NULL));
+    fixture_kill(&f, false);
+    check(&f, 4 * CLUSTER + 4096, 0);
+    check_store(&f);
+    fixture_close(&f);
+}
+
+/* Compaction takes patches that count along. */
+static void test_compaction(void)
+{
+    const BaleCompactOptions all = { .rate = 0 };
+    g_autoptr(GError) err = NULL;
+    Fixture f;
+
+    fixture_init(&f);
+    for (unsigned round = 0; round < 40; round++) {
+        for (unsigned i = 0; i < 8; i++) {
+            put(&f, i * CLUSTER, CLUSTER, round);
+        }
+        if (round % 8 == 0) {
+            put(&f, (20 + round) * CLUSTER, 512, 1 + round);
+        }
+        flush(&f);
+    }
+    g_assert_cmpuint(fixture_stats(&f).patches_live, ==, 5);
+    g_assert_true(bale_store_compact(f.store, &all, &err));
+    g_assert_no_error(err);
+    g_assert_cmpuint(fixture_stats(&f).patches_live, ==, 5);
+    check_store(&f);
+    flush(&f);
+    fixture_kill(&f, false);
+    g_assert_cmpuint(fixture_stats(&f).patches_live, ==, 5);
+    for (unsigned round = 0; round < 40; round += 8) {
+        check(&f, (20 + round) * CLUSTER, 1 + round);
+    }
+    check(&f, 7 * CLUSTER, 39);
+    check_store(&f);
+    fixture_close(&f);
+}
+
+/* A damaged patch: its cluster reads as an error, also after a checkpoint. */
+static void test_damage(void)
+{
+    static const char mark[] = "here it is, the text to be damaged";
+    g_autoptr(BaleSimImage) image = NULL;
+    g_autofree uint8_t *block = g_malloc0(BLOCK);
+    uint64_t at, size;
+    uint8_t buf[512];
+    Fixture f;
+
+    fixture_init(&f);
+    put(&f, CLUSTER, CLUSTER, 1);
+    flush(&f);
+    memcpy(block, mark, sizeof(mark));
+    g_assert_cmpint(bale_image_write_sync(f.image, CLUSTER + 4096, block,
+                                          BLOCK, 0), ==, 0);
+    flush(&f);
+    put(&f, 0, CLUSTER, 2);
+    flush(&f);
+    put(&f, 2 * CLUSTER, CLUSTER, 2); /* with a barrier over all that */
+    flush(&f);
+    image = bale_sim_image(f.dev);
+    size = bale_sim_image_size(image);
+    for (at = 2u << 20; at < size; at += 16) {
+        bale_sim_image_read(image, at, buf, sizeof(buf));
+        if (!memcmp(buf, mark, sizeof(mark))) {
+            break;
+        }
+    }
+    g_assert_cmpuint(at, <, size);
+    bale_sim_flip_bit(f.dev, at + 3, 5);
+
+    fixture_kill(&f, false);
+    for (unsigned i = 0; i < 2; i++) {
+        g_assert_cmpuint(f.complaints, >, i);
+        g_assert_cmpint(bale_image_read_sync(f.image, CLUSTER, buf, 512), ==,
+                        -EIO);
+        g_assert_cmpint(bale_image_read_sync(f.image, CLUSTER + 4096, buf,
+                                             512), ==, -EIO);
+        check(&f, 0, 2);
+        check(&f, 2 * CLUSTER, 2);
+        put(&f, 3 * CLUSTER, CLUSTER, 3);
+        fixture_reopen(&f);
+    }
+    put(&f, CLUSTER, CLUSTER, 4);
+    check(&f, CLUSTER + 4096, 4);
+    fixture_kill(&f, false);
+    fixture_close(&f);
+}
+
+/* More patched clusters than fit: some are written out, nothing is lost. */
+static void test_many(void)
+{
+    Fixture f;
+
+    fixture_init(&f);
+    g_assert_true(bale_image_resize(f.image, 2048ull * CLUSTER, NULL));
+    for (uint64_t i = 0; i < 1500; i++) {
+        put(&f, i * CLUSTER + 4096, 512, i % 255 + 1);
+        if (i % 16 == 0) {
+            flush(&f);
+        }
+    }
+    flush(&f);
+    g_assert_cmpuint(fixture_stats(&f).mutable_clusters, <=,
+                     (32u << 20) / CLUSTER);
+    fixture_kill(&f, false);
+    g_assert_cmpuint(fixture_stats(&f).patches_live, >, 0);
+    for (uint64_t i = 0; i < 1500; i++) {
+        check(&f, i * CLUSTER + 4096, i % 255 + 1);
+    }
+    check_store(&f);
+    fixture_close(&f);
+}
+
+int main(int argc, char **argv)
+{
+    g_test_init(&argc, &argv, NULL);
+    g_test_add_func("/patch/cost", test_cost);
+    g_test_add_func("/patch/rewrite", test_rewrite);
+    g_test_add_func("/patch/kill", test_kill);
+    g_test_add_func("/patch/read-only", test_read_only);
+    g_test_add_func("/patch/hidden", test_hidden);
+    g_test_add_func("/patch/compaction", test_compaction);
+    g_test_add_func("/patch/damage", test_damage);
+    g_test_add_func("/patch/many", test_many);
+    return g_test_run();
+}
