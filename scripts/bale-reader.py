@@ -73,6 +73,7 @@ PATCH = 10
 TYPE_NAMES = {DATA: 'data', ZERO: 'zero', IMAGE: 'image', SEGMENT: 'segment',
               DIRECTORY: 'directory', PART: 'part', ROOT: 'root',
               DROP: 'drop', CATALOGUE: 'catalogue', PATCH: 'patch'}
+BARE = 1                        # flag of a patch: no record held the cluster
 SKIPPABLE = 128                 # types from here on may be skipped
 NONE, DEFLATE, ZSTANDARD = range(3)
 CODEC_NAMES = {NONE: 'none', DEFLATE: 'deflate', ZSTANDARD: 'zstd'}
@@ -563,11 +564,27 @@ class State:
             for (number, cluster), patches in self.patches.items()
             if number != layer or not start <= cluster < end}
 
+    def look_through(self, number, cluster):
+        """What holds the cluster, in the layer or in one under it."""
+        layer = self.catalogue.layers.get(number)
+        while layer:
+            found = self.layer(layer.id).lookup(cluster)
+            if found or cluster >= layer.parent_clusters:
+                return found
+            layer = self.catalogue.layers.get(layer.parent)
+        return None
+
     def lay_patches(self):
         """The scan is complete: put what is left into the layers."""
         most = {}
+        if not self.catalogue:
+            return 0
         for (layer, cluster), patches in self.patches.items():
-            base = self.layer(layer).lookup(cluster)
+            base = self.look_through(layer, cluster)
+            if base is None:
+                patches = [p for p in patches if p.flags & BARE]
+                if not patches:
+                    continue
             self.layer(layer).assign(cluster, cluster + 1,
                                      Patched(base, patches))
             if len({p.sequence for p in patches}) > PATCHES_PER_CLUSTER_MAX:
@@ -679,7 +696,7 @@ class Store:
 
     def verify_record(self, r):
         """Payload of @r, verified; Damage if it or a field is wrong."""
-        if r.flags & 0xff:
+        if r.flags & 0xff & ~(BARE if r.type == PATCH else 0):
             raise Damage(f'unknown flags {r.flags:#x}')
         if r.type not in TYPE_NAMES and r.type < SKIPPABLE:
             raise Damage(f'unknown type {r.type}')

@@ -420,8 +420,10 @@ int bale_record_decode(BaleRecord *r, uint64_t seed, uint32_t cluster_size,
     r->count = get32(buf + RECORD_COUNT);
     r->cluster = get64(buf + RECORD_CLUSTER);
     r->payload_sum = get64(buf + RECORD_PAYLOAD_SUM);
-    /* The low flags must be understood, and version 1 has none. */
-    if (!record_in_range(r, cluster_size) || (r->flags & 0xff)) {
+    /* The low flags must be understood. */
+    if (!record_in_range(r, cluster_size) ||
+        (r->flags & 0xff &
+         ~(r->type == BALE_RECORD_PATCH ? BALE_PATCH_BARE : 0))) {
         return -EIO;
     }
     return 0;

@@ -151,6 +151,9 @@ static inline uint32_t bale_record_size(const BaleRecord *r)
            ~(BALE_RECORD_ALIGN - 1);
 }
 
+/* Flag of a patch: no record held the cluster, what it leaves out is zero. */
+#define BALE_PATCH_BARE 1u
+
 /* The patches that count are bounded: memory holds what they say. */
 #define BALE_PATCHED_BYTES           (32u << 20)
 #define BALE_PATCHED_CLUSTERS_MIN    8u

@@ -448,6 +448,10 @@ static int mutable_append_patch(BaleMutable *m, uint64_t cluster,
     if (ret < 0) {
         return ret;
     }
+    if (bale_image_find(m->image, cluster) == 0) {
+        r.flags = BALE_PATCH_BARE;
+    }
+    patch.bare = r.flags;
     ret = bale_log_append(s, BALE_BUCKET_FRESH, &r, data + offset,
                           bale_patch_live(len), &patch.address);
     if (ret == 0) {
@@ -940,6 +944,27 @@ static int mutable_recover_one(BaleMutable *m, uint64_t cluster,
     return ret == -EAGAIN ? -EFBIG : ret;
 }
 
+/*
+ * A patch of a cluster that a record held, and that record is not there: it was
+ * in a torn tail, so no flush has acknowledged the patch, and without it nobody
+ * knows what lies beside it.
+ */
+static void mutable_recover_orphans(BaleMutable *m, BalePatched *p)
+{
+    if (bale_image_find(m->image, p->cluster)) {
+        return;
+    }
+    for (guint i = p->patches->len; i-- > 0;) {
+        BalePatch *patch = &g_array_index(p->patches, BalePatch, i);
+
+        if (!patch->bare) {
+            m->patched.patches--;
+            m->patched.bytes -= bale_patch_live(patch->len);
+            g_array_remove_index(p->patches, i);
+        }
+    }
+}
+
 /* -EIO: the patch *@bad is damaged. */
 static int mutable_recover_cluster(BaleMutable *m, BalePatched *p,
                                    BalePatch *bad)
@@ -974,6 +999,11 @@ int bale_mutable_recover_load(BaleMutable *m, BalePatchTable *t)
 
         if (p->patches->len > BALE_PATCHES_PER_CLUSTER_MAX) {
             return -EFBIG;
+        }
+        mutable_recover_orphans(m, p);
+        if (p->patches->len == 0) {
+            g_hash_table_iter_remove(&iter);
+            continue;
         }
         ret = mutable_recover_cluster(m, p, &bad);
         if (ret == -EIO) {

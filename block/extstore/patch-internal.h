@@ -41,6 +41,7 @@ typedef struct BalePatch {
     uint64_t address;
     uint64_t seq;
     uint32_t offset, len; /* in the cluster */
+    bool bare;            /* no record held the cluster */
 } BalePatch;
 
 /* Bytes of a cluster that the log does not have yet. */

@@ -262,7 +262,8 @@ static int apply_range(Scan *scan, BaleLayer *layer, uint64_t clusters,
 
 static void apply_patch(BaleStore *s, BaleLayer *layer, const ScanEntry *e)
 {
-    BalePatch patch = { e->address, e->seq, e->count, e->payload_len };
+    BalePatch patch = { e->address, e->seq, e->count, e->payload_len,
+                        e->bare };
 
     if (BALE_PLANTED(patch_dropped)) {
         return;

@@ -28,6 +28,7 @@ typedef struct ScanEntry {
     uint32_t page;
     uint8_t type;
     bool dropped; /* part of a torn tail */
+    bool bare;    /* a patch of a cluster that no record held */
 } ScanEntry;
 
 typedef struct ScanSegment {

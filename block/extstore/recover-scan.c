@@ -122,6 +122,7 @@ static void scan_add_entry(Scan *scan, uint64_t page, const BaleRecord *r,
         .payload_len = r->payload_len,
         .page = page,
         .type = r->type,
+        .bare = r->flags & BALE_PATCH_BARE,
     };
 
     g_array_append_val(scan->entries, e);
