@@ -1068,8 +1068,7 @@ static void op_written(ClusterOp *op, int ret)
     if (op->claimed) {
         /* What is copied up is older than what waits there. */
         bale_mutable_settle(image->mutable_region, op->cluster << bits,
-                            op->count << bits,
-                            ret == 0 && op->req->kind != REQUEST_COPY_UP);
+                            op->count << bits, ret == 0);
     }
     op_done(op, ret);
 }
@@ -1226,8 +1225,12 @@ static void op_copy_up_start(ClusterOp *op)
     op->claimed = true;
     op->buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, s->cluster_size);
     if (op->buf) {
-        bale_image_read_stored(image, op->cluster, op->buf, op_copied_read,
-                               op);
+        /*
+         * With what waits in the mutable region: the record that follows hides
+         * the patches of that.
+         */
+        image_read_cluster(image, REQUEST_READ, op->cluster, op->buf,
+                           op_copied_read, op);
     } else {
         op_written(op, -ENOMEM);
     }
