@@ -418,7 +418,7 @@ class JobTest(Base):
 
     def start_slow(self, qemu, command, job='j'):
         """A job that takes minutes, well under way."""
-        qemu.command(command, job_id=job, node_name='a', speed=MIB)
+        qemu.command(command, job_id=job, node_name='a', speed=4096)
         wait_until(lambda: qemu.command('query-jobs')[0]['current-progress'],
                    'progress')
         job, = qemu.command('query-jobs')
