@@ -121,7 +121,7 @@ static void job_slow_down(BaleJob *j, uint64_t bytes)
             j->slice_bytes = bytes;
             j->slice_start_ms = now;
         }
-        if (!speed || job_should_stop(j)) {
+        if (!speed || job_should_stop(j) || qatomic_read(&j->hold)) {
             return;
         }
         due = muldiv64(bytes - j->slice_bytes, 1000, MIN(speed, UINT32_MAX));
