@@ -17,7 +17,7 @@ extern QemuOptsList bale_create_opts;
 
 int coroutine_fn bale_co_create_opts(BlockDriver *drv, const char *filename,
                                      QemuOpts *opts, Error **errp);
-/* overlay/specific.c: only in a QEMU that the driver is built into. */
+/* bale-specific.c: only in a QEMU that the driver is built into. */
 ImageInfoSpecific *bale_get_specific_info(BlockDriverState *bs, Error **errp);
 BlockStatsSpecific *bale_get_specific_stats(BlockDriverState *bs);
 

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../../block/extstore/format.h"
+#include "../../block/extstore/store-internal.h"
 #include "extstore/device-sim.h"
 #include "extstore/store.h"
 
