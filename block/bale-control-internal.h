@@ -56,6 +56,7 @@ bool bale_job_start(const char *job_id, BlockDriverState *bs, BaleJobKind kind,
                     const char *image, int flags, uint64_t speed,
                     Error **errp);
 const char *bale_job_id(BaleJob *job);
+bool bale_job_compacts(BaleJob *job);
 /* Does it change the store? */
 bool bale_job_writes(BaleJob *job);
 

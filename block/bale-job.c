@@ -472,6 +472,11 @@ const char *bale_job_id(BaleJob *job)
     return job->common.id;
 }
 
+bool bale_job_compacts(BaleJob *job)
+{
+    return job->kind == BALE_JOB_COMPACT;
+}
+
 bool bale_job_writes(BaleJob *job)
 {
     return job->kind != BALE_JOB_VERIFY;

@@ -304,13 +304,25 @@ void coroutine_fn qmp_bale_checkpoint(const char *node_name, Error **errp)
     BlockDriverState *bs = bale_find_node(node_name, errp);
     CheckpointRun run = { 0 };
     AioContext *old_ctx;
+    BaleJob *job;
 
     if (!bs) {
         return;
     }
+    job = bale_bs_control(bs)->job;
     if (bdrv_is_read_only(bs) || (bs->open_flags & BDRV_O_INACTIVE)) {
         error_setg(errp, "Node '%s' is %s", node_name,
                    bdrv_is_read_only(bs) ? "read-only" : "inactive");
+        return;
+    }
+    if (job && bale_job_compacts(job)) {
+        /*
+         * The engine writes checkpoints between steps of its own maintenance,
+         * which a compaction by command keeps back; and while a command waits,
+         * no other could cancel the job.
+         */
+        error_setg(errp, "Node '%s' has a job that compacts: '%s'", node_name,
+                   bale_job_id(job));
         return;
     }
     old_ctx = bdrv_co_enter(bs);
