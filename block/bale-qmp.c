@@ -96,6 +96,10 @@ static BaleNodeStats *get_stats(BaleStore *store)
     COPY(overhead_bytes);
     COPY(records_appended);
     COPY(zero_records);
+    COPY(patches);
+    COPY(patch_bytes);
+    COPY(patches_live);
+    COPY(patches_live_bytes);
     COPY(logical_bytes);
     COPY(stored_bytes);
     COPY(segments);
