@@ -382,6 +382,10 @@ bool bale_maintain_wait_space(BaleStore *s)
         pthread_cond_wait(&s->log_cond, &s->log_lock);
     }
     s->space_waiters--;
+    if (maintain_checkpoint_due(s)) {
+        /* It was put off for us. */
+        pthread_cond_signal(&s->maintain_cond);
+    }
     more = s->free_pages->len > 0 || s->dying_pages->len > 0;
     pthread_mutex_unlock(&s->log_lock);
     return more && !store_failed(s);
