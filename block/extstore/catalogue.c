@@ -104,6 +104,9 @@ static void collect_remove(BaleCatalogue *cat, guint at)
             g_array_remove_index(cat->aliases, i);
         }
     }
+    if (BALE_PLANTED(deleted_layer_resurrected) && id + 1 == cat->next_layer) {
+        cat->next_layer--;
+    }
     g_array_remove_index(cat->layers, at);
 }
 
@@ -392,6 +395,9 @@ static bool change_shrinks(BaleStore *s, const BaleCatalogue *next)
 
 int bale_catalogue_commit(BaleStore *s, BaleCatalogue *next)
 {
+    bool flush = !BALE_PLANTED(resize_not_durable) &&
+                 !(BALE_PLANTED(snapshot_not_durable) &&
+                   next->next_snapshot != s->catalogue->next_snapshot);
     Change c;
     int ret;
 
@@ -414,7 +420,7 @@ int bale_catalogue_commit(BaleStore *s, BaleCatalogue *next)
     pthread_rwlock_unlock(&s->session_lock);
     change_free(&c);
     bale_catalogue_free(next);
-    if (ret == 0 && !BALE_PLANTED(resize_not_durable)) {
+    if (ret == 0 && flush) {
         ret = bale_log_flush_sync(s);
     }
     return ret;

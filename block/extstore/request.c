@@ -330,6 +330,20 @@ static void request_flushed(void *opaque, int ret)
     request_complete(opaque, ret);
 }
 
+static void store_flush(BaleStore *store, bool write_out, bool counted,
+                        BaleDone *done, void *opaque);
+
+/* FUA: what completed before is promised, too, in whichever image. */
+static void request_flush(BaleRequest *req)
+{
+    if (BALE_PLANTED(fua_one_image)) {
+        bale_mutable_flush(req->image->mutable_region, false, request_flushed,
+                           req);
+        return;
+    }
+    store_flush(req->image->store, false, false, request_flushed, req);
+}
+
 static void request_unref(BaleRequest *req)
 {
     int ret;
@@ -349,8 +363,7 @@ static void request_unref(BaleRequest *req)
         }
         if (ret == 0 && (req->flags & BALE_FUA) &&
             !BALE_PLANTED(fua_ignored)) {
-            bale_mutable_flush(req->image->mutable_region, false,
-                               request_flushed, req);
+            request_flush(req);
             return;
         }
     }
@@ -1402,6 +1415,7 @@ void bale_image_copy_up(BaleImage *image, uint64_t offset, uint64_t len,
 typedef struct TimedFlush {
     BaleStore *store;
     uint64_t start_ns;
+    bool counted;     /* somebody asked for a flush */
     BaleDone *done;
     void *opaque;
     int ret;          /* atomic; the first error */
@@ -1420,13 +1434,16 @@ static void timed_flush_done(void *opaque, int ret)
     if (__atomic_sub_fetch(&f->pending, 1, __ATOMIC_ACQ_REL) > 0) {
         return;
     }
-    bale_histogram_add(&f->store->flush_hist, bale_now_ns() - f->start_ns);
+    if (f->counted) {
+        bale_histogram_add(&f->store->flush_hist,
+                           bale_now_ns() - f->start_ns);
+    }
     f->done(f->opaque, __atomic_load_n(&f->ret, __ATOMIC_ACQUIRE));
     g_free(f);
 }
 
-static void store_flush(BaleStore *store, bool write_out, BaleDone *done,
-                        void *opaque)
+static void store_flush(BaleStore *store, bool write_out, bool counted,
+                        BaleDone *done, void *opaque)
 {
     TimedFlush *f;
     g_autofree BaleImage **images = NULL;
@@ -1438,7 +1455,7 @@ static void store_flush(BaleStore *store, bool write_out, BaleDone *done,
         return;
     }
     f = g_new(TimedFlush, 1);
-    *f = (TimedFlush){ store, bale_now_ns(), done, opaque, 0, 1 };
+    *f = (TimedFlush){ store, bale_now_ns(), counted, done, opaque, 0, 1 };
     images = bale_store_images(store, &n);
     /* Each of these ends with a flush of the log. */
     for (guint i = 0; i < n; i++) {
@@ -1461,19 +1478,19 @@ static void store_flush(BaleStore *store, bool write_out, BaleDone *done,
 
 void bale_store_flush(BaleStore *store, BaleDone *done, void *opaque)
 {
-    store_flush(store, false, done, opaque);
+    store_flush(store, false, true, done, opaque);
 }
 
 void bale_store_write_out(BaleStore *s, BaleDone *done, void *opaque)
 {
-    store_flush(s, true, done, opaque);
+    store_flush(s, true, true, done, opaque);
 }
 
 int bale_store_write_out_sync(BaleStore *s)
 {
     BaleSync sync = BALE_SYNC_INIT;
 
-    store_flush(s, true, bale_sync_done, &sync);
+    store_flush(s, true, true, bale_sync_done, &sync);
     return bale_sync_wait(&sync);
 }
 

@@ -53,6 +53,9 @@ enum {
     BALE_PLANTED_patch_order,
     BALE_PLANTED_patch_freed_early,
     BALE_PLANTED_patch_unhidden,
+    BALE_PLANTED_fua_one_image,
+    BALE_PLANTED_snapshot_not_durable,
+    BALE_PLANTED_deleted_layer_resurrected,
 };
 
 #ifndef BALE_PLANTED_BUG

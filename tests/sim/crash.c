@@ -165,7 +165,7 @@ static void crash_options(const Case *c, BaleSimCrashOptions *o)
 static char *second_crash(CrashRun *run, BaleSimImage *image,
                           const Observed *seen)
 {
-    static const char steps[] = "pwdzfusnevm";
+    static const char steps[] = "pwdzfusnevim";
     g_autoptr(GRand) rand = g_rand_new_with_seed(run->c->seed + run->states);
     World *w = world_new(run->w->geo, bale_sim_new_from_image(image, NULL));
     BaleSimCrashOptions o = { .barriers_only = true,

@@ -118,7 +118,7 @@ static const char *calls[BALE_SIM_CALLS] = {
 /* Does a later answer contradict a poisoned store? */
 static bool step_changes(char step)
 {
-    return strchr("wopqhufj", step) != NULL;
+    return strchr("wopqhufjni", step) != NULL;
 }
 
 /*

@@ -1,8 +1,10 @@
 /*
- * What can be read of a store: its image and its snapshot, every sector.
+ * What can be read of a store: its image, its snapshots and its clone, every
+ * sector.
  *
- * There is at most one snapshot at a time.  Its name tells its number, which
- * no other one has in the same workload.
+ * Besides the image there are at most OTHERS things to read.  The name of each
+ * is a letter, which says what it is, and a number, which nothing else has in
+ * the same workload.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -10,6 +12,10 @@
 
 #include <stdio.h>
 #include <string.h>
+
+static const char *const other_names[OTHERS] = {
+    "the first snapshot", "the second snapshot", "the clone",
+};
 
 void observed_clear(Observed *o)
 {
@@ -20,28 +26,65 @@ void observed_clear(Observed *o)
 
 void observed_copy(Observed *to, const Observed *from, const World *w)
 {
-    size_t n = 2 * (size_t)w->max_sectors;
+    size_t n = oracle_size(w->oracle);
 
     *to = *from;
     to->value = g_memdup2(from->value, n * sizeof(*from->value));
     to->error = g_memdup2(from->error, n * sizeof(*from->error));
 }
 
-/* The number of the snapshot; 0: there is none. */
-uint32_t world_snapshot(World *w)
+char *world_other_name(unsigned other, uint32_t number)
 {
-    g_autoptr(GArray) list = bale_snapshot_list(w->store, NULL, NULL);
-    uint32_t number = 0;
+    return g_strdup_printf("%s%c%" PRIu32, other == CLONE ? "" : "@",
+                           'a' + other, number);
+}
 
-    if (!list || list->len == 0) {
-        return 0;
+/* The other one that is called @name. */
+static void others_add(World *w, const char *name, uint32_t number[OTHERS])
+{
+    uint32_t n = 0;
+    char letter = 0;
+
+    sscanf(name, "%c%" SCNu32, &letter, &n);
+    if (letter < 'a' || letter >= 'a' + OTHERS || n == 0) {
+        world_broken(w, "nothing was ever called '%s'", name);
+    } else if (number[letter - 'a']) {
+        world_broken(w, "both %c%" PRIu32 " and %s are there", letter,
+                     number[letter - 'a'], name);
+    } else {
+        number[letter - 'a'] = n;
     }
-    if (list->len > 1) {
-        world_broken(w, "there are %u snapshots", list->len);
+}
+
+void world_others(World *w, uint32_t number[OTHERS])
+{
+    g_autoptr(GArray) snapshots = bale_snapshot_list(w->store, NULL, NULL);
+    g_autoptr(GArray) images = bale_image_list(w->store);
+
+    memset(number, 0, OTHERS * sizeof(*number));
+    for (guint i = 0; snapshots && i < snapshots->len; i++) {
+        others_add(w, g_array_index(snapshots, BaleSnapshotListEntry, i).name,
+                   number);
     }
-    sscanf(g_array_index(list, BaleSnapshotListEntry, 0).name, "s%" SCNu32,
-           &number);
-    return number;
+    for (guint i = 0; i < images->len; i++) {
+        const char *name = g_array_index(images, BaleImageListEntry, i).name;
+
+        if (*name) {
+            others_add(w, name, number);
+        }
+    }
+}
+
+BaleImage *world_open_other(World *w, unsigned other, uint32_t number,
+                            GError **errp)
+{
+    g_autofree char *name = world_other_name(other, number);
+    BaleImage *image = bale_image_open(w->store, name, errp);
+
+    if (image && w->geo->backing) {
+        bale_image_set_backing_read(image, world_backing_read, w);
+    }
+    return image;
 }
 
 /* @out's tracks from @first on are the sectors of @image. */
@@ -75,47 +118,50 @@ static void look_at(World *w, BaleImage *image, unsigned first, unsigned size,
     }
 }
 
+static void look_at_other(World *w, unsigned other, Observed *out)
+{
+    unsigned first = oracle_sectors(w->oracle, other);
+    g_autoptr(GError) err = NULL;
+    BaleImage *image = world_open_other(w, other, out->other[other], &err);
+
+    if (!image) {
+        /* No memory, or damage, which was reported. */
+        out->ret = out->ret ? out->ret : bale_error_to_errno(err);
+        out->ret_track = first;
+        out->other_size[other] = OTHER_UNREADABLE;
+        return;
+    }
+    out->other_size[other] = bale_image_size(image) / SECTOR;
+    if (out->other_size[other] <= w->max_sectors) {
+        look_at(w, image, first, out->other_size[other], out);
+    } else {
+        world_broken(w, "%s has %u sectors", other_names[other],
+                     out->other_size[other]);
+    }
+    bale_image_close(image);
+}
+
 void world_look(World *w, Observed *out)
 {
-    g_autofree char *name = NULL;
-    g_autoptr(GError) err = NULL;
     BaleImageInfo info;
-    BaleImage *snap;
 
     memset(out, 0, sizeof(*out));
     bale_image_get_info(w->image, &info);
     out->size = info.size / SECTOR;
     out->name = backing_number(info.backing_file);
-    out->snap = world_snapshot(w);
-    out->value = g_new0(uint32_t, 2 * w->max_sectors);
-    out->error = g_new0(bool, 2 * w->max_sectors);
+    world_others(w, out->other);
+    out->value = g_new0(uint32_t, oracle_size(w->oracle));
+    out->error = g_new0(bool, oracle_size(w->oracle));
     if (out->size > w->max_sectors) {
         world_broken(w, "the image has %u sectors", out->size);
         return;
     }
     look_at(w, w->image, 0, out->size, out);
-    if (!out->snap) {
-        return;
+    for (unsigned i = 0; i < OTHERS; i++) {
+        if (out->other[i]) {
+            look_at_other(w, i, out);
+        }
     }
-    name = g_strdup_printf("@s%" PRIu32, out->snap);
-    snap = bale_image_open(w->store, name, &err);
-    if (!snap) {
-        /* No memory, or damage, which was reported. */
-        out->ret = out->ret ? out->ret : bale_error_to_errno(err);
-        out->ret_track = w->max_sectors;
-        out->snap_size = SNAP_UNREADABLE;
-        return;
-    }
-    if (w->geo->backing) {
-        bale_image_set_backing_read(snap, world_backing_read, w);
-    }
-    out->snap_size = bale_image_size(snap) / SECTOR;
-    if (out->snap_size <= w->max_sectors) {
-        look_at(w, snap, w->max_sectors, out->snap_size, out);
-    } else {
-        world_broken(w, "the snapshot has %u sectors", out->snap_size);
-    }
-    bale_image_close(snap);
 }
 
 /* --- comparing with the oracle --- */
@@ -170,6 +216,29 @@ static char *compare_sectors(const Question *q, const char *what,
     return NULL;
 }
 
+static char *compare_other(const Question *q, unsigned other,
+                           const Observed *seen)
+{
+    Oracle *o = q->w->oracle;
+    g_autofree char *number =
+        g_strdup_printf("number of %s", other_names[other]);
+    g_autofree char *size = g_strdup_printf("size of %s", other_names[other]);
+    g_autofree char *sector =
+        g_strdup_printf("sector of %s", other_names[other]);
+    char *error = compare_one(q, number, oracle_other(o, other),
+                              seen->other[other]);
+
+    if (error || !seen->other[other] ||
+        seen->other_size[other] == OTHER_UNREADABLE) {
+        return error;
+    }
+    error = compare_one(q, size, oracle_other_size(o, other),
+                        seen->other_size[other]);
+    return error ? error
+                 : compare_sectors(q, sector, oracle_sectors(o, other),
+                                   seen->other_size[other], seen);
+}
+
 char *world_compare(World *w, const Observed *seen, uint64_t event,
                     uint64_t moment, bool unproven)
 {
@@ -183,19 +252,10 @@ char *world_compare(World *w, const Observed *seen, uint64_t event,
                             seen->name);
     }
     if (!error) {
-        error = compare_one(&q, "number of the snapshot", oracle_snap(o),
-                            seen->snap);
-    }
-    if (!error) {
         error = compare_sectors(&q, "sector", 0, seen->size, seen);
     }
-    if (!error && seen->snap && seen->snap_size != SNAP_UNREADABLE) {
-        error = compare_one(&q, "sectors of the snapshot",
-                            oracle_snap_size(o), seen->snap_size);
-        if (!error) {
-            error = compare_sectors(&q, "the snapshot's sector",
-                                    w->max_sectors, seen->snap_size, seen);
-        }
+    for (unsigned i = 0; i < OTHERS && !error; i++) {
+        error = compare_other(&q, i, seen);
     }
     return error;
 }
@@ -224,14 +284,20 @@ void oracle_expect(Oracle *o, const Observed *seen, unsigned max_sectors)
 {
     for (unsigned i = 0; i < max_sectors; i++) {
         oracle_reset(o, i, i < seen->size ? seen->value[i] : VALUE_ZERO);
-        oracle_reset(o, max_sectors + i,
-                     i < seen->snap_size ? seen->value[max_sectors + i]
-                                         : VALUE_ZERO);
     }
     oracle_reset(o, oracle_size(o), seen->size);
     oracle_reset(o, oracle_name(o), seen->name);
-    oracle_reset(o, oracle_snap(o), seen->snap);
-    oracle_reset(o, oracle_snap_size(o), seen->snap_size);
+    for (unsigned n = 0; n < OTHERS; n++) {
+        unsigned first = oracle_sectors(o, n);
+
+        for (unsigned i = first; i < first + max_sectors; i++) {
+            oracle_reset(o, i, i - first < seen->other_size[n]
+                                   ? seen->value[i]
+                                   : VALUE_ZERO);
+        }
+        oracle_reset(o, oracle_other(o, n), seen->other[n]);
+        oracle_reset(o, oracle_other_size(o, n), seen->other_size[n]);
+    }
 }
 
 void world_settle(World *w)
@@ -268,7 +334,7 @@ void world_recovered(World *w)
     if (error) {
         world_broken(w, "after a failed close: %s", error);
     }
-    for (unsigned i = 0; i < 2 * w->max_sectors; i++) {
+    for (unsigned i = 0; i < oracle_size(o); i++) {
         if (!seen.error[i]) {
             /* A fault otherwise; a later read tells. */
             pin(w, i, seen.value[i]);
@@ -276,9 +342,11 @@ void world_recovered(World *w)
     }
     pin(w, oracle_size(o), seen.size);
     pin(w, oracle_name(o), seen.name);
-    pin(w, oracle_snap(o), seen.snap);
-    if (seen.snap_size != SNAP_UNREADABLE) {
-        pin(w, oracle_snap_size(o), seen.snap_size);
+    for (unsigned i = 0; i < OTHERS; i++) {
+        pin(w, oracle_other(o, i), seen.other[i]);
+        if (seen.other_size[i] != OTHER_UNREADABLE) {
+            pin(w, oracle_other_size(o, i), seen.other_size[i]);
+        }
     }
     observed_clear(&seen);
 }

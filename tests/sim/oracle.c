@@ -39,7 +39,7 @@ typedef struct Barrier {
 struct Oracle {
     pthread_mutex_t lock;
     Track *track;
-    unsigned tracks;
+    unsigned sectors, tracks;
     GArray *barriers;
     uint64_t moment;
 };
@@ -78,7 +78,8 @@ Oracle *oracle_new(unsigned sectors)
     Oracle *o = g_new0(Oracle, 1);
 
     pthread_mutex_init(&o->lock, NULL);
-    o->tracks = 2 * sectors + 4;
+    o->sectors = sectors;
+    o->tracks = (1 + OTHERS) * sectors + 2 + 2 * OTHERS;
     o->track = g_new0(Track, o->tracks);
     o->barriers = g_array_new(FALSE, FALSE, sizeof(Barrier));
     for (unsigned i = 0; i < o->tracks; i++) {
@@ -100,22 +101,27 @@ void oracle_free(Oracle *o)
 
 unsigned oracle_size(Oracle *o)
 {
-    return o->tracks - 4;
+    return (1 + OTHERS) * o->sectors;
 }
 
 unsigned oracle_name(Oracle *o)
 {
-    return o->tracks - 3;
+    return oracle_size(o) + 1;
 }
 
-unsigned oracle_snap(Oracle *o)
+unsigned oracle_other(Oracle *o, unsigned other)
 {
-    return o->tracks - 2;
+    return oracle_name(o) + 1 + other;
 }
 
-unsigned oracle_snap_size(Oracle *o)
+unsigned oracle_other_size(Oracle *o, unsigned other)
 {
-    return o->tracks - 1;
+    return oracle_other(o, OTHERS) + other;
+}
+
+unsigned oracle_sectors(Oracle *o, unsigned other)
+{
+    return (1 + other) * o->sectors;
 }
 
 void oracle_reset(Oracle *o, unsigned track, uint32_t value)

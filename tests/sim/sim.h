@@ -42,19 +42,26 @@
 #define VALUE_FIRST 2u
 #define VALUE_UNKNOWN UINT32_MAX /* bytes that nobody ever wrote */
 
+/* What there may be besides the image: snapshots of it, and its clone. */
+#define SNAPSHOTS 2
+#define CLONE SNAPSHOTS
+#define OTHERS 3
+
 typedef struct Oracle Oracle;
 
 /*
  * Everything reads as zeroes, durably; @sectors is the most there will be.
- * Tracks 0 to @sectors - 1 are the image's, as many after that the snapshot's.
+ * Tracks 0 to @sectors - 1 are the image's; oracle_sectors() are the others'.
  */
 Oracle *oracle_new(unsigned sectors);
 void oracle_free(Oracle *o);
 /* Further tracks. */
 unsigned oracle_size(Oracle *o);      /* the image's size in sectors */
 unsigned oracle_name(Oracle *o);      /* number of the backing file's name */
-unsigned oracle_snap(Oracle *o);      /* of the snapshot; 0: there is none */
-unsigned oracle_snap_size(Oracle *o); /* the snapshot's size in sectors */
+/* Another one's number, or 0 when there is none; its size; its sectors. */
+unsigned oracle_other(Oracle *o, unsigned other);
+unsigned oracle_other_size(Oracle *o, unsigned other);
+unsigned oracle_sectors(Oracle *o, unsigned other);
 
 /* All that is there: what was said before is forgotten. */
 void oracle_reset(Oracle *o, unsigned track, uint32_t value);
@@ -120,10 +127,10 @@ char *case_parse(Case *c, const char *text);
 char *case_text(const Case *c, const char *detail);
 
 /* The letters of all steps, and of those that are enumerated. */
-#define STEPS_ENUMERATED "wopzdfuKjksgcbrnevm"
-#define STEPS_SAMPLED "wopzdfujksgcbrwophhhqyfKKnevmjjp"
+#define STEPS_ENUMERATED "wopzdfuKjksgcbrnevim"
+#define STEPS_SAMPLED "wopzdfujksgcbrwophhhqyfKKnnevimjjp"
 /* What fills and frees pages. */
-#define STEPS_SPACE "hhhhhccwfkrsdKKnemj"
+#define STEPS_SPACE "hhhhhccwfkrsdKKneimj"
 const char *step_describe(char step);
 
 typedef struct World {
@@ -151,10 +158,10 @@ typedef struct World {
 typedef struct Observed {
     uint32_t size;      /* sectors */
     uint32_t name;
-    uint32_t snap;      /* number of the snapshot, or 0 */
-    uint32_t snap_size; /* sectors, or this */
-#define SNAP_UNREADABLE UINT32_MAX
-    uint32_t *value;    /* of each sector: the image's, then the snapshot's */
+    uint32_t other[OTHERS];      /* numbers, or 0 */
+    uint32_t other_size[OTHERS]; /* sectors, or this */
+#define OTHER_UNREADABLE UINT32_MAX
+    uint32_t *value;    /* of each sector: the image's, then the others' */
     bool *error;        /* it cannot be read */
     int ret;            /* the first error, and where it was */
     unsigned ret_track;
@@ -187,7 +194,12 @@ void observed_copy(Observed *to, const Observed *from, const World *w);
 /* As oracle_refuses().  NULL, or what is wrong, newly allocated. */
 char *world_compare(World *w, const Observed *seen, uint64_t event,
                     uint64_t moment, bool unproven);
-uint32_t world_snapshot(World *w);
+/* The numbers of all others, each 0 if it is not there. */
+void world_others(World *w, uint32_t number[OTHERS]);
+char *world_other_name(unsigned other, uint32_t number);
+/* NULL: it cannot be opened.  Close it with bale_image_close(). */
+BaleImage *world_open_other(World *w, unsigned other, uint32_t number,
+                            GError **errp);
 BaleBackingRead world_backing_read;
 /* Read all that can be read and compare; @errors_allowed: -EIO is fine. */
 void world_read(World *w, bool errors_allowed);

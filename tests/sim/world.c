@@ -414,9 +414,10 @@ const char *step_describe(char step)
     case 'c': return "clear";
     case 'b': return "change the backing file's name";
     case 'r': return "close and open again";
-    case 'n': return "delete the snapshot, make one";
-    case 'e': return "delete the snapshot";
-    case 'v': return "roll back to the snapshot";
+    case 'n': return "make a snapshot, the third in the oldest one's place";
+    case 'e': return "delete the oldest snapshot";
+    case 'v': return "roll back to the newest snapshot";
+    case 'i': return "clone the image and write to that, or delete it";
     case 'm': return "compact";
     case 'x': return "read everything";
     default: return NULL;
@@ -569,63 +570,112 @@ static bool step_barrier(World *w, char step)
     return ok;
 }
 
-/* --- snapshots --- */
+/* --- snapshots, the clone --- */
 
-static bool step_snapshot_delete(World *w)
+static bool step_delete(World *w, unsigned other, uint32_t number)
 {
     Oracle *o = w->oracle;
-    uint32_t number = world_snapshot(w);
-    g_autofree char *name = g_strdup_printf("s%" PRIu32, number);
+    g_autofree char *name = world_other_name(other, number);
     g_autoptr(GError) err = NULL;
     uint64_t begun;
     bool ok;
 
-    if (!number) {
-        return true;
-    }
-    begun = oracle_begin(o, oracle_snap(o), 1, 0, bale_sim_events(w->sim));
-    ok = bale_snapshot_delete(w->store, NULL, name, &err);
-    oracle_end(o, oracle_snap(o), 1, begun, ok, bale_sim_events(w->sim));
+    begun = oracle_begin(o, oracle_other(o, other), 1, 0,
+                         bale_sim_events(w->sim));
+    ok = other == CLONE
+             ? bale_image_delete(w->store, name, &err)
+             : bale_snapshot_delete(w->store, NULL, name + 1, &err);
+    oracle_end(o, oracle_other(o, other), 1, begun, ok,
+               bale_sim_events(w->sim));
+    world_tell(w, "    %s: %s\n", name, ok ? "deleted" : err->message);
     return ok;
 }
 
-static bool step_snapshot_create(World *w)
+/* Make what shows the same as the image. */
+static bool step_create(World *w, unsigned other, uint32_t number)
 {
     Oracle *o = w->oracle;
-    uint32_t number = w->next_value++;
-    g_autofree char *name = g_strdup_printf("s%" PRIu32, number);
-    BaleSnapshotInfo info = { .name = name, .date_s = 1 };
-    uint64_t event, begun, begun_snap, begun_size;
+    g_autofree char *name = world_other_name(other, number);
+    BaleSnapshotInfo info = { .name = name + 1, .date_s = 1 };
+    unsigned first = oracle_sectors(o, other);
+    uint64_t event, begun, begun_other, begun_size;
     g_autoptr(GError) err = NULL;
     Observed now;
     bool ok;
 
-    if (!step_snapshot_delete(w)) {
-        return false;
-    }
     world_look(w, &now);
     ok = now.ret == 0;
     if (ok) {
         event = bale_sim_events(w->sim);
-        begun = oracle_begin_each(o, w->max_sectors, now.size, now.value,
+        begun = oracle_begin_each(o, first, now.size, now.value, event);
+        begun_size = oracle_begin(o, oracle_other_size(o, other), 1, now.size,
                                   event);
-        begun_size = oracle_begin(o, oracle_snap_size(o), 1, now.size, event);
-        begun_snap = oracle_begin(o, oracle_snap(o), 1, number, event);
-        ok = bale_snapshot_create(w->store, NULL, &info, &err);
+        begun_other = oracle_begin(o, oracle_other(o, other), 1, number,
+                                   event);
+        ok = other == CLONE
+                 ? bale_image_clone(w->store, NULL, NULL, name, &err)
+                 : bale_snapshot_create(w->store, NULL, &info, &err);
         event = bale_sim_events(w->sim);
-        oracle_end(o, w->max_sectors, now.size, begun, ok, event);
-        oracle_end(o, oracle_snap_size(o), 1, begun_size, ok, event);
-        oracle_end(o, oracle_snap(o), 1, begun_snap, ok, event);
+        oracle_end(o, first, now.size, begun, ok, event);
+        oracle_end(o, oracle_other_size(o, other), 1, begun_size, ok, event);
+        oracle_end(o, oracle_other(o, other), 1, begun_other, ok, event);
+        world_tell(w, "    %s: %s\n", name, ok ? "made" : err->message);
     }
     observed_clear(&now);
     return ok;
 }
 
+/* The oldest or newest snapshot; its number in *@number, 0: there is none. */
+static unsigned snapshot_find(World *w, bool newest, uint32_t *number)
+{
+    uint32_t others[OTHERS];
+    unsigned found = 0;
+
+    world_others(w, others);
+    *number = 0;
+    for (unsigned i = 0; i < SNAPSHOTS; i++) {
+        if (others[i] && (!*number || (others[i] > *number) == newest)) {
+            *number = others[i];
+            found = i;
+        }
+    }
+    return found;
+}
+
+static bool step_snapshot_delete(World *w)
+{
+    uint32_t number;
+    unsigned other = snapshot_find(w, false, &number);
+
+    return !number || step_delete(w, other, number);
+}
+
+static bool step_snapshot_create(World *w)
+{
+    uint32_t others[OTHERS];
+    unsigned at = 0;
+
+    world_others(w, others);
+    while (at < SNAPSHOTS && others[at]) {
+        at++;
+    }
+    if (at == SNAPSHOTS) {
+        uint32_t number;
+
+        at = snapshot_find(w, false, &number);
+        if (!step_delete(w, at, number)) {
+            return false;
+        }
+    }
+    return step_create(w, at, w->next_value++);
+}
+
 static bool step_rollback(World *w)
 {
     Oracle *o = w->oracle;
-    uint32_t number = world_snapshot(w);
-    g_autofree char *name = g_strdup_printf("s%" PRIu32, number);
+    uint32_t number;
+    unsigned other = snapshot_find(w, true, &number);
+    g_autofree char *name = world_other_name(other, number);
     uint64_t event, begun, begun_size;
     g_autoptr(GError) err = NULL;
     Observed now;
@@ -639,18 +689,57 @@ static bool step_rollback(World *w)
     if (ok) {
         event = bale_sim_events(w->sim);
         begun = oracle_begin_each(o, 0, w->max_sectors,
-                                  now.value + w->max_sectors, event);
-        begun_size = oracle_begin(o, oracle_size(o), 1, now.snap_size, event);
-        ok = bale_snapshot_rollback(w->store, NULL, name, &err);
+                                  now.value + oracle_sectors(o, other),
+                                  event);
+        begun_size = oracle_begin(o, oracle_size(o), 1,
+                                  now.other_size[other], event);
+        ok = bale_snapshot_rollback(w->store, NULL, name + 1, &err);
         event = bale_sim_events(w->sim);
         oracle_end(o, 0, w->max_sectors, begun, ok, event);
         oracle_end(o, oracle_size(o), 1, begun_size, ok, event);
-    }
-    if (err) {
-        world_tell(w, "    %s\n", err->message);
+        world_tell(w, "    %s: %s\n", name, ok ? "shows again"
+                                               : err->message);
     }
     observed_clear(&now);
     return ok;
+}
+
+/* Across a cluster's boundary, as far as the clone reaches. */
+static bool step_clone_write(World *w, uint32_t number)
+{
+    g_autoptr(GError) err = NULL;
+    BaleImage *clone = world_open_other(w, CLONE, number, &err);
+    unsigned c = w->cluster_sectors, at = c / 2 + 1, n = c - 2;
+    unsigned first = oracle_sectors(w->oracle, CLONE) + at;
+    uint32_t value = w->next_value++;
+    uint64_t begun;
+    int ret;
+
+    if (!clone) {
+        return false;
+    }
+    g_assert((uint64_t)(at + n) * SECTOR <= bale_image_size(clone));
+    world_fill(w, w->buf, at, n, value);
+    begun = oracle_begin(w->oracle, first, n, value, bale_sim_events(w->sim));
+    ret = bale_image_write_sync(clone, (uint64_t)at * SECTOR, w->buf,
+                                n * SECTOR, 0);
+    oracle_end(w->oracle, first, n, begun, ret == 0, EVENT_NEVER);
+    bale_image_close(clone);
+    world_tell(w, "    its sectors %u to %u become %" PRIu32 "\n", at,
+               at + n - 1, value);
+    return ret == 0;
+}
+
+static bool step_clone(World *w)
+{
+    uint32_t others[OTHERS], number;
+
+    world_others(w, others);
+    if (others[CLONE]) {
+        return step_delete(w, CLONE, others[CLONE]);
+    }
+    number = w->next_value++;
+    return step_create(w, CLONE, number) && step_clone_write(w, number);
 }
 
 static bool step_compact(World *w)
@@ -696,6 +785,9 @@ bool world_step(World *w, char step)
     case 'v':
         ok = step_rollback(w);
         break;
+    case 'i':
+        ok = step_clone(w);
+        break;
     case 'm':
         ok = step_compact(w);
         break;
@@ -714,7 +806,7 @@ bool world_step(World *w, char step)
         ok = step_request(w, step) == 0;
         break;
     }
-    if (ok && strchr("sgcbn", step)) {
+    if (ok && strchr("sgcbni", step)) {
         w->doubtful = false;
     }
     if (!ok) {
