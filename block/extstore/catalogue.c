@@ -314,7 +314,7 @@ static void change_publish(Change *c, BaleCatalogue *next)
 {
     BaleStore *s = c->s;
     g_autoptr(GPtrArray) gone = g_ptr_array_new();
-    g_autoptr(BaleCatalogue) old = s->catalogue;
+    BaleCatalogue *old = s->catalogue;
     GHashTableIter iter;
     void *value;
 
@@ -354,6 +354,7 @@ static void change_publish(Change *c, BaleCatalogue *next)
         }
         layer->size = e->size;
     }
+    bale_catalogue_free(old);
     bale_epoch_poll(s->epoch);
 }
 
