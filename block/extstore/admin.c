@@ -318,10 +318,21 @@ static void admin_forget(BaleStore *s, BaleImage *image)
 
 bool bale_image_delete(BaleStore *s, const char *name, GError **errp)
 {
-    BaleCatalogue *cat = edit_begin(s);
-    BaleImageEntry *e = edit_image(cat, name, errp);
+    PATCHES_PAUSED(s);
+    BaleCatalogue *cat;
+    BaleImageEntry *e;
     uint32_t id;
+    int ret = s->read_only ? 0 : bale_store_write_out_sync(s);
 
+    /*
+     * What admin_forget() drops must be in the layer: the image stays if the
+     * change fails.  But a full store must be able to delete.
+     */
+    if (ret < 0 && ret != -ENOSPC) {
+        return admin_error(errp, ret, "deleting an image");
+    }
+    cat = edit_begin(s);
+    e = edit_image(cat, name, errp);
     if (!e || !admin_check_closed(s, e->id, 0, e->name, errp)) {
         return edit_drop(s, cat);
     }
