@@ -262,6 +262,7 @@ int bale_checkpoint_load_index(Checkpoint *c)
     Loader l = { .c = c, .lock = PTHREAD_MUTEX_INITIALIZER };
     LoadThread t[LOAD_THREADS_MAX];
     unsigned n, started = 1;
+    bool ready;
 
     l.parts = g_array_new(FALSE, FALSE, sizeof(LoadPart));
     l.ret = load_list(&l);
@@ -276,7 +277,8 @@ int bale_checkpoint_load_index(Checkpoint *c)
         l.ret = l.ret < 0 ? l.ret : ret;
     }
     /* This thread is the first one; a few less only take longer. */
-    while (l.ret == 0 && started < n &&
+    ready = l.ret == 0;
+    while (ready && started < n &&
            pthread_create(&t[started].thread, NULL, load_main,
                           &t[started]) == 0) {
         started++;
