@@ -30,7 +30,6 @@
 #include <inttypes.h>
 #include <string.h>
 
-#include "util/checksum.h"
 #include "util/memory.h"
 
 /* In the background a page is worth it when so many percent are garbage ... */
@@ -230,31 +229,16 @@ static int compact_live(Compact *c, const BaleRecord *old, uint64_t address,
 
 /* --- reading --- */
 
-static uint64_t compact_seed(Compact *c, uint64_t offset)
-{
-    return bale_place(c->s->identity, c->page, c->version, offset);
-}
-
 /* Decode and verify the record at @offset of the segment that is in buf. */
 static int compact_record(Compact *c, uint64_t segment, uint64_t offset,
                           uint64_t segment_end, BaleRecord *r,
                           const uint8_t **payload)
 {
-    const uint8_t *p = c->buf + (offset - segment);
-    uint64_t avail = segment_end - offset;
-    uint64_t seed = compact_seed(c, offset);
-    int ret = bale_record_decode(r, seed, c->s->cluster_size, p, avail);
+    uint64_t seed = bale_place(c->s->identity, c->page, c->version, offset);
 
-    if (ret < 0) {
-        return ret;
-    }
-    if (bale_record_size(r) > avail) {
-        return -EIO;
-    }
-    *payload = p + r->header_len;
-    return bale_checksum(*payload, r->payload_len, seed) == r->payload_sum
-               ? 0
-               : -EIO;
+    return bale_record_verify(r, seed, c->s->cluster_size,
+                              c->buf + (offset - segment),
+                              segment_end - offset, payload);
 }
 
 static int compact_read(Compact *c, uint64_t offset, uint64_t len)

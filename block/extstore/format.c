@@ -429,6 +429,24 @@ int bale_record_decode(BaleRecord *r, uint64_t seed, uint32_t cluster_size,
     return 0;
 }
 
+int bale_record_verify(BaleRecord *r, uint64_t seed, uint32_t cluster_size,
+                       const uint8_t *buf, size_t avail,
+                       const uint8_t **payload)
+{
+    int ret = bale_record_decode(r, seed, cluster_size, buf, avail);
+
+    if (ret < 0) {
+        return ret;
+    }
+    if (bale_record_size(r) > avail) {
+        return -EIO;
+    }
+    *payload = buf + r->header_len;
+    return bale_checksum(*payload, r->payload_len, seed) == r->payload_sum
+               ? 0
+               : -EIO;
+}
+
 uint64_t bale_record_claimed_version(const uint8_t *buf)
 {
     return get64(buf + RECORD_VERSION);

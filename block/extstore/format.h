@@ -176,6 +176,15 @@ void bale_record_encode(const BaleRecord *r, uint64_t seed, uint8_t *buf);
 int bale_record_decode(BaleRecord *r, uint64_t seed, uint32_t cluster_size,
                        const uint8_t *buf, size_t avail);
 
+/*
+ * The same for a record that lies in @buf as a whole, with its payload, to
+ * which *@payload points on success.  -EIO also if it does not fit or its
+ * payload does not verify.
+ */
+int bale_record_verify(BaleRecord *r, uint64_t seed, uint32_t cluster_size,
+                       const uint8_t *buf, size_t avail,
+                       const uint8_t **payload);
+
 /* Only the version that a header claims, checked against nothing. */
 uint64_t bale_record_claimed_version(const uint8_t *buf);
 

@@ -27,7 +27,6 @@
 #include <errno.h>
 #include <string.h>
 
-#include "util/checksum.h"
 #include "util/memory.h"
 #include "util/planted.h"
 
@@ -45,16 +44,11 @@ static int prover_record(Prover *v, uint64_t offset, uint64_t at, uint64_t len,
 {
     uint64_t seed = bale_place(v->s->identity, v->page, v->version,
                                offset + at);
-    int ret = bale_record_decode(r, seed, v->s->cluster_size, v->buf + at,
-                                 len - at);
 
-    if (ret < 0 || bale_record_size(r) > len - at) {
-        return -EIO;
-    }
-    *payload = v->buf + at + r->header_len;
-    return bale_checksum(*payload, r->payload_len, seed) == r->payload_sum
-               ? 0
-               : -EIO;
+    return bale_record_verify(r, seed, v->s->cluster_size, v->buf + at,
+                              len - at, payload) < 0
+               ? -EIO
+               : 0;
 }
 
 /* Read the segment at @offset to buf; *@len is its length.  -EIO if any of it
