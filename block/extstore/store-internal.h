@@ -2,7 +2,9 @@
  * The inside of a store: what its parts share.  docs/architecture.md tells the
  * whole; this header tells who owns which field.
  *
- *     request.c     requests on clusters: read, write, zero, flush
+ *     request.c     requests on clusters: write, zero, flush
+ *     request-read.c  and read
+ *     readahead.c   what to read before it is asked for
  *     image.c       images: their records, their status
  *     layer.c       layers: which record holds a cluster
  *     mutable.c     clusters written in part, on a seqcache
