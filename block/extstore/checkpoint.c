@@ -69,6 +69,7 @@ static bool super_error(GError **errp, int ret, const char *what)
 /* One round: the new generation to copies @first and @first + 2, flushed. */
 static int super_write_round(BaleStore *s, unsigned first, uint8_t *block)
 {
+    bool session = s->session;
     int ret;
 
     if (s->super.generation == UINT32_MAX) {
@@ -88,11 +89,14 @@ static int super_write_round(BaleStore *s, unsigned first, uint8_t *block)
         }
     }
     /* Not beside a flush of the log: only one of them may see the error. */
-    return s->session ? bale_log_flush_forced(s)
-                      : bale_device_flush_sync(s->dev);
+    ret = session ? bale_log_flush_forced(s) : bale_device_flush_sync(s->dev);
+    if (ret < 0 && !session) {
+        bale_store_poison(s, ret, "flushing the superblocks");
+    }
+    return ret;
 }
 
-int bale_supers_write(BaleStore *s)
+static int supers_try_write(BaleStore *s)
 {
     BALE_AUTO_MEMORY uint8_t *block =
         bale_memory_try_alloc(BALE_BLOCK_SIZE, BALE_BLOCK_SIZE);
@@ -101,6 +105,13 @@ int bale_supers_write(BaleStore *s)
     for (unsigned first = 0; ret == 0 && first < 2; first++) {
         ret = super_write_round(s, first, block);
     }
+    return ret;
+}
+
+int bale_supers_write(BaleStore *s)
+{
+    int ret = supers_try_write(s);
+
     /* A full device has written nothing; whatever else happened is unknown. */
     if (ret < 0 && ret != -ENOSPC && ret != -ENOMEM) {
         bale_store_poison(s, ret, "writing the superblocks");
@@ -147,7 +158,12 @@ int bale_session_begin(BaleStore *s)
         s->super.previous = (BaleCheckpointRef){ .address = 0 };
         s->previous_loaded = false;
     }
-    ret = bale_supers_write(s);
+    /*
+     * A write that fails here costs nothing that anybody was promised: nothing
+     * was appended yet, and any mixture of the copies leads to the same state.
+     * The next request tries again, with higher generations.
+     */
+    ret = supers_try_write(s);
     if (ret < 0) {
         return ret;
     }

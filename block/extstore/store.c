@@ -433,7 +433,9 @@ static bool store_read_supers(BaleDevice *dev, BaleSuper *super,
     const char *unsupported = NULL, *damaged = NULL;
     bool found = false, refused = false;
     uint64_t refused_generation = 0;
+    unsigned unread = BALE_SUPER_COPIES;
     uint32_t version = 0;
+    int err = 0;
 
     if (!block) {
         return store_error(errp, BALE_STORE_ERROR_NO_MEMORY,
@@ -447,9 +449,10 @@ static bool store_read_supers(BaleDevice *dev, BaleSuper *super,
         ret = bale_device_get_sync(dev, bale_super_address(copy), block,
                                    BALE_BLOCK_SIZE);
         if (ret < 0) {
-            return store_error(errp, BALE_STORE_ERROR_IO,
-                               "reading superblock copy %u: %s", copy,
-                               g_strerror(-ret));
+            /* As good as a damaged one: that is what the others are for. */
+            unread = copy;
+            err = ret;
+            continue;
         }
         ret = bale_super_decode(&next, copy, block, &reason);
         if (ret == 0 && BALE_PLANTED(super_oldest) && found) {
@@ -478,6 +481,11 @@ static bool store_read_supers(BaleDevice *dev, BaleSuper *super,
         return store_error(errp, BALE_STORE_ERROR_UNSUPPORTED,
                            "not supported: %s (version %" PRIu32 ")",
                            unsupported, version);
+    }
+    if (err < 0) {
+        return store_error(errp, BALE_STORE_ERROR_IO,
+                           "reading superblock copy %u: %s", unread,
+                           g_strerror(-err));
     }
     if (damaged) {
         return store_error(errp, BALE_STORE_ERROR_CORRUPT,

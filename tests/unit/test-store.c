@@ -271,6 +271,78 @@ static void test_revive(void)
     fixture_close(&f);
 }
 
+/* A superblock that cannot be written at the beginning of a session costs the
+ * request that began it, not the store; one that cannot be flushed does. */
+static void test_session_begins_again(void)
+{
+    g_autofree uint8_t *model = g_malloc0(IMAGE_SIZE);
+    int failures = 0;
+    Fixture f;
+
+    memset(model, 9, 65536);
+    for (uint64_t nth = 1; nth <= 4; nth++) {
+        BaleSimFault fault = { .call = BALE_SIM_STORE, .error = -EIO,
+                               .nth = nth };
+
+        fixture_init(&f, BALE_CODEC_ZSTD);
+        bale_sim_fault(f.dev, &fault);
+        g_assert_cmpint(bale_image_write_sync(f.image, 0, model, 65536, 0),
+                        ==, -EIO);
+        g_assert_false(bale_store_poisoned(f.store));
+        g_assert_cmpint(bale_image_write_sync(f.image, 0, model, 65536, 0),
+                        ==, 0);
+        g_assert_cmpint(bale_store_flush_sync(f.store), ==, 0);
+        fixture_kill(&f);
+        check_equal(&f, model, IMAGE_SIZE);
+        fixture_reopen(&f);
+        check_clean(&f);
+        fixture_close(&f);
+    }
+    for (uint64_t nth = 2; nth <= 3; nth++) {
+        BaleSimFault fault = { .call = BALE_SIM_FLUSH, .error = -EIO,
+                               .nth = nth };
+
+        fixture_init(&f, BALE_CODEC_ZSTD);
+        fixture_close(&f);
+        f.dev = bale_sim_new(&f.sim);
+        f.open.failed = count_failure;
+        f.open.notify_opaque = &failures;
+        g_assert_true(bale_store_create(f.dev, &f.create, NULL));
+        fixture_open(&f, false);
+        bale_sim_fault(f.dev, &fault);
+        g_assert_cmpint(bale_image_write_sync(f.image, 0, model, 65536, 0),
+                        ==, -EIO);
+        g_assert_true(bale_store_poisoned(f.store));
+        g_assert_cmpint(bale_image_write_sync(f.image, 0, model, 65536, 0),
+                        ==, -EIO);
+        bale_image_close(f.image);
+        bale_store_close(f.store, NULL);
+    }
+    g_assert_cmpint(failures, ==, 2);
+}
+
+/* A superblock copy that cannot be read is as good as a damaged one. */
+static void test_superblock_unreadable(void)
+{
+    Fixture f;
+
+    for (uint64_t nth = 1; nth <= 4; nth++) {
+        BaleSimFault fault = { .call = BALE_SIM_GET, .error = -EIO,
+                               .nth = nth };
+        BaleDevice *dev;
+
+        fixture_init(&f, BALE_CODEC_ZSTD);
+        dev = fixture_copy_device(&f);
+        fixture_close(&f);
+        f.dev = dev;
+        bale_sim_fault(f.dev, &fault);
+        fixture_open(&f, false);
+        g_assert_cmpuint(bale_sim_faults_hit(f.dev), ==, 1);
+        check_clean(&f);
+        fixture_close(&f);
+    }
+}
+
 static void test_read_only_writes_nothing(void)
 {
     g_autoptr(BaleSimImage) before = NULL, after = NULL;
@@ -678,6 +750,9 @@ int main(int argc, char **argv)
     g_test_add_func("/store/write-read-reopen", test_write_read_reopen);
     g_test_add_func("/store/kill-after-flush", test_kill_after_flush);
     g_test_add_func("/store/revive", test_revive);
+    g_test_add_func("/store/session-begins-again", test_session_begins_again);
+    g_test_add_func("/store/superblock-unreadable",
+                    test_superblock_unreadable);
     g_test_add_func("/store/read-only-writes-nothing",
                     test_read_only_writes_nothing);
     g_test_add_func("/store/overwrites-give-space-back",
