@@ -345,7 +345,10 @@ class EverySector(CliCase):
                 else:
                     other = self.random.choice(used)
                     f.put(at, good[other:other + 512])
-                    f.put(other, good[at:at + 512])
+                    # Of an open store that would be two damaged places, data
+                    # and the only barrier that proves it
+                    if clean:
+                        f.put(other, good[at:at + 512])
                 f.write('x.bale')
                 outcomes[self.check_never_wrong(want, f'{how} {at}')] += 1
         print(f'# {len(used)} sectors, clean={clean}: {outcomes}')
