@@ -9,9 +9,13 @@ made to be right rather than fast.
 
     bale-reader.py info STORE
     bale-reader.py list STORE
-    bale-reader.py extract [--checkpoint] [--compare] [--image NAME[@SNAPSHOT]]
+    bale-reader.py extract [--by WAY] [--compare] [--image NAME[@SNAPSHOT]]
                            STORE OUT.raw
     bale-reader.py check STORE
+
+There are up to four ways to read a store: "scan" reads all pages, "checkpoint"
+serves if the store is clean, "tail" reads the newest checkpoint and what was
+appended since, and "previous" the same with the checkpoint before.
 
 Exit status: 0 fine; 1 the store cannot be read, or the arguments are wrong;
 2 the store was read, but damage was found.
@@ -98,6 +102,8 @@ CLASSES = (0, 1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 208, 256)
 
 SUPER = struct.Struct('<8sIIQQQ16sQIIQQIIQQIIQQ368xQ')
 assert SUPER.size == SUPER_LENGTH
+CHECKPOINT_REF = struct.Struct('<QQII')     # of a checkpoint root
+CHECKPOINT_AT, PREVIOUS_AT = 96, 136        # in a superblock
 PAGE = struct.Struct('<8sIIQQQ16xQ')
 assert PAGE.size == PAGE_LENGTH
 RECORD = struct.Struct('<IBBHIH2xQQIIQQQ')
@@ -206,6 +212,8 @@ class Superblock:
          self.block_size, self.copy, self.root_address, self.root_version,
          self.root_length, self.root_end, self.next_sequence,
          self.device_end, self.checksum) = SUPER.unpack(raw)
+        self.newest = CHECKPOINT_REF.unpack_from(raw, CHECKPOINT_AT)
+        self.previous = CHECKPOINT_REF.unpack_from(raw, PREVIOUS_AT)
         self.problem = self.find_problem(raw, copy)
 
     def find_problem(self, raw, copy):
@@ -481,6 +489,7 @@ class Page:
         self.state = 'free'     # free, used, damaged header, foreign
         self.freed = 0          # version that was given up
         self.blank = False      # the first two blocks are zeroes
+        self.start = BLOCK      # where the walk begins
         self.bucket = None
         self.version = None
         self.first_sequence = 0
@@ -533,6 +542,22 @@ class Ranges:
         starts[low:high] = new_starts
         items[low:high] = new_items
 
+    def fill(self, start, end, value):
+        """Assign @value where there is none."""
+        if end == start + 1:
+            if self.lookup(start) is None:
+                self.assign(start, end, value)
+            return
+        at = max(bisect.bisect_right(self.starts, start) - 1, 0)
+        for first, (last, old) in list(zip(self.starts[at:],
+                                           self.items[at:])):
+            if first >= end:
+                break
+            if old is not None and last > start:
+                self.assign(start, min(first, end), value)
+                start = max(start, last)
+        self.assign(start, end, value)
+
     def lookup(self, cluster):
         at = bisect.bisect_right(self.starts, cluster) - 1
         if at >= 0 and cluster < self.items[at][0]:
@@ -545,11 +570,21 @@ class Ranges:
                 yield start, end, value
 
 
+class Stale:
+    """What a checkpoint's index has for a cluster that was written later."""
+
+    damage = None
+
+
+STALE = Stale()
+
+
 class State:
     """What a scan or a checkpoint says about the store."""
 
     def __init__(self):
         self.catalogue = None
+        self.running = False    # from a checkpoint, not clean: see load_chunk
         self.layers = {}        # layer -> Ranges of Records
         self.patches = {}       # (layer, cluster) -> Records in order
         self.next_sequence = 0
@@ -604,11 +639,18 @@ class Store:
         self.problems = []      # damage, one line each
         self.notes = []         # not damage, but worth a line
         self.corrupt = False    # lost clusters that cannot be named
-        self.pages = None
+        self.barriers = {}      # (page, version) -> proven end
+        self.strong = set()     # those that nothing can have outdated
+        self.pages = None       # as the scan has found them
         self.read_superblocks()
 
     def problem(self, text):
-        self.problems.append(text)
+        if text not in self.problems:       # one way after the other says it
+            self.problems.append(text)
+
+    def note(self, text):
+        if text not in self.notes:
+            self.notes.append(text)
 
     # --- superblock ---
 
@@ -763,21 +805,32 @@ class Store:
     # --- scan ---
 
     def scan_pages(self):
-        """Fill self.pages: all pages, segments and records; no decisions
-        about torn tails yet."""
-        if self.pages is not None:
-            return
-        self.barriers = {}      # (page, version) -> proven end
-        self.strong = set()     # those that nothing can have outdated
-        self.add_checkpoint_ends()
-        self.pages = [self.scan_page(n) for n in range(self.page_count)]
-        self.resolve_headers()
-        for page in self.pages:
+        """Fill self.pages: all pages, segments and records."""
+        if self.pages is None:
+            self.barriers, self.strong = {}, set()
+            self.add_checkpoint_ends(self.sb.newest)
+            self.pages = [self.scan_page(n) for n in range(self.page_count)]
+            self.judge_pages(self.pages)
+
+    def judge_pages(self, pages):
+        """All of @pages were walked: what is damaged, what torn?"""
+        self.resolve_headers(pages)
+        for page in pages:
             page.proven = self.barriers.get((page.number, page.version), 0)
             if page.version is not None:
                 self.judge_page(page)
 
-    def scan_page(self, number):
+    def scan_page(self, number, kept=None):
+        """Read the header of a page, and walk it: from the end that a page
+        table gives if the page is still the one of its entry @kept."""
+        page = self.read_page_header(number)
+        if kept:
+            self.keep(page, kept)
+        if page.version is not None and (page.start == BLOCK or kept['open']):
+            self.walk(page)
+        return page
+
+    def read_page_header(self, number):
         page = Page(number, self.page_base(number))
         block = self.device.read(page.base, BLOCK)
         (magic, page.bucket, length, own_number, version,
@@ -789,8 +842,8 @@ class Store:
                 == header_sum):
             page.state, page.version = 'used', version
             if not is_zero(block[PAGE_LENGTH:]):
-                self.notes.append(f'page {number}: the rest of its header '
-                                  'block is not zero')
+                self.note(f'page {number}: the rest of its header block is '
+                          'not zero')
         elif (magic == FREED_MAGIC and own_number == number
               and checksum(block[:56], self.place(number, 0, 0))
               == header_sum):
@@ -806,23 +859,40 @@ class Store:
                 page.state = 'foreign'
             else:
                 page.blank = True
-        if page.version is not None:
-            self.walk(page)
         return page
 
-    def resolve_headers(self):
+    def keep(self, page, entry):
+        """Is @page the one of the page table's @entry?"""
+        version = entry['version']
+        if page.state == 'used' and page.version >= version:
+            kept = page.version == version
+        elif page.freed >= version:
+            kept = False
+        else:
+            # The header is damaged, or stale.
+            found = self.segment_record(page, BLOCK)
+            kept = (not (found and found[0].version > version)
+                    and entry['end'] > 0 and not entry['cut'])
+            if kept or found:
+                page.state, page.blank = 'damaged header', False
+                page.version = version if kept else found[0].version
+        if kept:
+            page.start = max(entry['end'], BLOCK)
+
+    def resolve_headers(self, pages):
         """Pages of which a barrier knows a higher version than the header:
         it is damaged, or stale."""
         again = True
         while again:            # each round gives a page a higher version
             again = False
-            for page in self.pages:
+            for page in pages:
                 known = self.strong if page.blank else self.barriers
                 version = max([v for number, v in known
                                if number == page.number], default=0)
                 if version > max(page.version or 0, page.freed):
                     page.state, page.blank = 'damaged header', False
                     page.version, page.segments = version, []
+                    page.start = BLOCK
                     self.walk(page)
                     again = True
 
@@ -857,7 +927,7 @@ class Store:
 
     def walk(self, page):
         """Find all segments of @page, also behind ones that are not whole."""
-        offset = BLOCK
+        offset = page.start
         room = self.page_room(page)
         while offset < room:
             found = self.segment_record(page, offset, page.version)
@@ -969,15 +1039,19 @@ class Store:
             segment.complaints.append(r.describe())
         segment.records.append(r)
 
-    def add_checkpoint_ends(self):
-        if self.sb.root_address == 0:
+    def add_checkpoint_ends(self, ref):
+        """The page table of a checkpoint, if it can be read, proves."""
+        if ref[0] == 0:
             return
         try:
-            for entry in self.checkpoint_pages(self.read_root()):
-                self.add_barrier(entry['page'], entry['version'],
-                                 entry['end'], True)
+            self.add_ends(self.checkpoint_pages(self.read_root(ref)))
         except Damage as error:
             self.problem(f'checkpoint: {error}')
+
+    def add_ends(self, table):
+        for entry in table:
+            self.add_barrier(entry['page'], entry['version'], entry['end'],
+                             True)
 
     def add_barrier(self, page, version, end, strong):
         if end > self.sb.page_size or end % BLOCK or version == 0:
@@ -1046,18 +1120,14 @@ class Store:
         if covered < end:
             segment.unnamed = True
 
-    def scan(self):
-        """Docs, "Opening", steps 3 to 7."""
-        self.scan_pages()
-        state = State()
-        state.next_sequence = self.sb.next_sequence
+    def collect(self, pages, state):
+        """The records of @pages in order of sequence, damage reported."""
         applied = []
-        for page in self.pages:
+        for page in pages:
             if page.state == 'damaged header':
                 self.problem(f'page {page.number}: damaged header')
             elif page.state == 'foreign':
-                self.notes.append(f'page {page.number}: not a page of this '
-                                  'store')
+                self.note(f'page {page.number}: not a page of this store')
             for segment in page.segments:
                 for text in segment.complaints:
                     self.problem(f'page {page.number}, segment at '
@@ -1073,19 +1143,24 @@ class Store:
                 for r in segment.records:
                     state.next_sequence = max(state.next_sequence,
                                               r.sequence + 1)
-            if page.segments and page.segments[-1].end < page.proven:
+            end = page.segments[-1].end if page.segments else page.start
+            if end < page.proven:
                 self.problem(f'page {page.number}: nothing readable from '
-                             f'{page.segments[-1].end} to its proven end')
-                self.corrupt = True
-            elif page.proven > BLOCK and not page.segments:
-                self.problem(f'page {page.number}: nothing readable')
+                             f'{end} to its proven end')
                 self.corrupt = True
         for number, version in self.strong:
             if number >= self.page_count:
                 self.problem(f'page {number} lies behind the end of the '
                              'device')
                 self.corrupt = True
-        applied.sort(key=lambda r: r.sequence)
+        return sorted(applied, key=lambda r: r.sequence)
+
+    def scan(self):
+        """Docs, "Opening", steps 3 to 7."""
+        self.scan_pages()
+        state = State()
+        state.next_sequence = self.sb.next_sequence
+        applied = self.collect(self.pages, state)
         catalogues = {}
         for r in applied:
             if r.type in (IMAGE, CATALOGUE):
@@ -1097,6 +1172,9 @@ class Store:
                 self.apply_sizes(state, catalogues[r])
             elif r.type not in (IMAGE, CATALOGUE) and state.catalogue:
                 self.apply(state, r)
+        return self.complete(state)
+
+    def complete(self, state):
         if state.lay_patches() > max(PATCHED_BYTES // self.sb.cluster_size,
                                      PATCHED_CLUSTERS_MIN):
             raise Unreadable('too many clusters with patches')
@@ -1163,14 +1241,15 @@ class Store:
             raise Damage('address behind the device')
         return self.read_record(page, version, offset)
 
-    def read_root(self):
-        if self.sb.root_address == 0:
+    def read_root(self, ref):
+        """The root of the checkpoint that a superblock's @ref names."""
+        address, version, length, end = ref
+        if address == 0:
             raise Damage('there is none')
-        r, payload = self.at_address(self.sb.root_address,
-                                     self.sb.root_version)
+        r, payload = self.at_address(address, version)
         if r.type != ROOT or len(payload) < ROOT_HEAD.size:
             raise Damage('not a checkpoint root')
-        if self.sb.root_length != r.header_length + r.payload_length:
+        if length != r.header_length + r.payload_length:
             raise Damage('root: wrong length')
         next_sequence, pages, parts = ROOT_HEAD.unpack_from(payload)
         if parts > PARTS_MAX or pages * self.sb.page_size > DEVICE_MAX:
@@ -1180,7 +1259,7 @@ class Store:
         entries = [PART_ENTRY.unpack_from(payload, 32 + 40 * i)
                    for i in range(parts)]
         return {'next_sequence': next_sequence, 'pages': pages,
-                'parts': entries, 'page': r.page}
+                'parts': entries, 'page': r.page, 'end': end * BLOCK}
 
     def read_part(self, part):
         kind, length, address, version, a, b = part
@@ -1210,7 +1289,7 @@ class Store:
                 (v, bucket, flags, end, live, first_sequence,
                  tombstone) = PAGE_ENTRY.unpack_from(payload, i * 48)
                 if first + i == root['page']:
-                    end = self.sb.root_end * BLOCK
+                    end = root['end']
                 if end > self.sb.page_size or end % BLOCK:
                     raise Damage('page table: end out of range')
                 pages.append({'page': first + i, 'version': v,
@@ -1224,12 +1303,17 @@ class Store:
 
     def checkpoint(self):
         """The state from the checkpoint; Damage if any part is bad."""
-        root = self.read_root()
+        root = self.read_root(self.sb.newest)
         self.page_table = self.checkpoint_pages(root)
-        versions = {p['page']: p['version'] for p in self.page_table
-                    if p['version']}
+        kept = {p['page']: p for p in self.page_table if p['version']}
+        return self.load_checkpoint(root, kept, False)
+
+    def load_checkpoint(self, root, kept, running):
+        """Image and index.  Of a checkpoint that was written while the store
+        was @running, values may point elsewhere than into pages @kept."""
         state = State()
         state.next_sequence = root['next_sequence']
+        state.running = running
         for part in root['parts']:
             kind, length, address, version, a, b = part
             if kind == PART_IMAGE:
@@ -1247,10 +1331,10 @@ class Store:
                 if a not in state.catalogue.layers:
                     raise Damage('index chunk of no layer')
                 r, payload = self.read_part(part)
-                self.load_chunk(state, versions, payload, a, b)
+                self.load_chunk(state, kept, payload, a, b)
         return state
 
-    def load_chunk(self, state, versions, payload, layer, first):
+    def load_chunk(self, state, kept, payload, layer, first):
         if (first % CHUNK or len(payload) % 8 or len(payload) > 8 * CHUNK
                 or first + len(payload) // 8 > IMAGE_CLUSTERS_MAX):
             raise Damage('index chunk out of range')
@@ -1262,10 +1346,15 @@ class Store:
             if value >> 48 or address < SUPER_SIZE:
                 raise Damage('index value out of range')
             page, offset = divmod(address - SUPER_SIZE, self.sb.page_size)
-            if page not in versions:
-                raise Damage('index value points into a free page')
+            if page not in kept or (state.running
+                                    and offset >= kept[page]['end']):
+                if not state.running:
+                    raise Damage('index value points into a free page')
+                ranges.assign(first + i, first + i + 1, STALE)
+                continue
             r = Record()
-            r.page, r.offset, r.version = page, offset, versions[page]
+            r.page, r.offset = page, offset
+            r.version = kept[page]['version']
             r.type = ZERO if size_class == 0 else DATA
             r.layer, r.cluster, r.count = layer, first + i, 1
             r.payload_length = r.sequence = r.damage = None
@@ -1290,16 +1379,129 @@ class Store:
     def size_class(self, length):
         return size_class(length, self.sb.cluster_size)
 
+    # --- checkpoint and tail ---
+
+    def tail(self, previous=False):
+        """Docs, "A checkpoint and its tail"; Damage if a part is bad."""
+        ref = self.sb.previous if previous else self.sb.newest
+        root = self.read_root(ref)
+        table = self.checkpoint_pages(root)
+        first = root['next_sequence']
+        self.barriers, self.strong = {}, set()
+        known = {}
+        for entry in table:
+            entry['cut'] = (previous and first < self.sb.next_sequence and
+                            self.page_base(entry['page'])
+                            >= self.sb.device_end)
+            if entry['version']:
+                known[entry['page']] = entry
+        pages = [self.scan_page(n, known.get(n))
+                 for n in range(self.page_count)]
+        kept = self.kept_of(pages, known)
+        self.add_ends(kept.values())
+        if previous:
+            self.add_checkpoint_ends(self.sb.newest)
+        self.judge_pages(pages)
+        # A barrier may have said that a header is stale.
+        kept = self.kept_of(pages, known)
+        state = self.load_checkpoint(root, kept, True)
+        self.apply_tail(state, self.collect(pages, state), first)
+        return self.complete(state)
+
+    @staticmethod
+    def kept_of(pages, known):
+        """Those of the page table that still are what they were, or should
+        be: a page that is cut off now is kept, and its records are lost."""
+        return {n: entry for n, entry in known.items()
+                if (pages[n].start > BLOCK if n < len(pages)
+                    else entry['end'] and not entry['cut'])}
+
+    def apply_tail(self, state, records, first):
+        copied = set()          # what was set by copies
+        for r in records:
+            if r.sequence < first:
+                if r.type in (DATA, ZERO):
+                    self.apply_copy(state, r, copied)
+            elif r.type in (IMAGE, CATALOGUE):
+                catalogue = self.catalogue_of(r)
+                if catalogue:
+                    self.no_longer_stale(state)
+                    self.change_catalogue(state, catalogue)
+            else:
+                self.apply(state, r)
+        self.no_longer_stale(state)
+
+    def apply_copy(self, state, r, copied):
+        layer, limit = state.catalogue.resolve(r.layer)
+        if layer is None:
+            return
+        last = min(r.cluster + r.count, limit)
+        copied.add(r)
+        for start, end, value in list(state.layer(layer)):
+            if value is STALE or value in copied:
+                state.layer(layer).assign(max(start, r.cluster),
+                                          min(end, last), r)
+
+    @staticmethod
+    def no_longer_stale(state):
+        for ranges in state.layers.values():
+            for start, end, value in list(ranges):
+                if value is STALE:
+                    ranges.assign(start, end, None)
+
+    def change_catalogue(self, state, catalogue):
+        """@catalogue comes into force: layers went, or became aliases."""
+        for number in sorted(state.layers):
+            if number in catalogue.layers:
+                continue
+            other, limit = catalogue.resolve(number)
+            gone = state.layers.pop(number)
+            if other is not None:
+                for start, end, r in gone:
+                    state.layer(other).fill(start, min(end, limit), r)
+        for number, cluster in list(state.patches):
+            if number not in catalogue.layers:
+                patches = state.patches.pop((number, cluster))
+                other, limit = catalogue.resolve(number)
+                if cluster < limit:
+                    state.patches.setdefault((other, cluster), patches)
+        state.catalogue = catalogue
+        self.apply_sizes(state, catalogue)
+
     # --- whole store ---
 
     def state(self):
         """What opening the store gives, and how it was found."""
-        if self.sb.clean:
+        for way in self.ways()[1:]:
             try:
-                return self.checkpoint(), 'checkpoint'
+                return self.read_by(way), way
             except Damage as error:
-                self.problem(f'checkpoint: {error}')
+                self.problem(f'{way}: {error}')
         return self.scan(), 'scan'
+
+    def ways(self):
+        """How this store can be read, the scan first."""
+        newest = 'checkpoint' if self.sb.clean else 'tail'
+        return (['scan'] + [newest] * (self.sb.newest[0] != 0)
+                + ['previous'] * (self.sb.previous[0] != 0))
+
+    def read_by(self, way):
+        return {'scan': self.scan, 'checkpoint': self.checkpoint,
+                'tail': self.tail,
+                'previous': lambda: self.tail(previous=True)}[way]()
+
+    def compare(self, state, way):
+        """Say where another way than @way leads to another @state."""
+        for other in self.ways():
+            if other == way:
+                continue
+            try:
+                found = self.read_by(other)
+            except Damage as error:
+                self.problem(f'{other}: {error}')
+                continue
+            for line in differences(state, found, self.sb.cluster_size):
+                self.problem(f'{way} and {other}: {line}')
 
 
 def summary(state, cluster_size):
@@ -1469,15 +1671,11 @@ def command_list(store, args):
 
 
 def command_extract(store, args):
-    if args.checkpoint:
-        state = store.checkpoint()
-    else:
-        state = store.scan()
+    way = 'checkpoint' if args.checkpoint else args.by
+    state = store.read_by(way)
     lost = extract(store, state, args.image, args.out)
     if args.compare:
-        other = store.scan() if args.checkpoint else store.checkpoint()
-        for line in differences(state, other, store.sb.cluster_size):
-            store.problem(f'scan and checkpoint: {line}')
+        store.compare(state, way)
     if lost:
         store.notes.append(f'{lost} clusters were lost')
 
@@ -1494,15 +1692,12 @@ def command_check(store, args):
                 store.cluster_of(r)
             except Damage as error:
                 store.problem(f'layer {r.layer} cluster {start}: {error}')
+    store.compare(state, 'scan')
     if store.sb.clean:
         try:
-            other = store.checkpoint()
-        except Damage as error:
-            store.problem(f'checkpoint: {error}')
-        else:
-            for line in differences(state, other, store.sb.cluster_size):
-                store.problem(f'scan and checkpoint: {line}')
-            check_page_table(store, other)
+            check_page_table(store, store.checkpoint())
+        except Damage:
+            pass                # compare() has said it
     if store.sb.corrupt:
         store.problem('the corrupt bit is set')
     print(f'{clusters} data clusters verified, '
@@ -1561,10 +1756,12 @@ def main():
             sub.add_argument('out')
             sub.add_argument('--image', default='', metavar='NAME[@SNAPSHOT]',
                              help='instead of the unnamed image')
+            sub.add_argument('--by', default='scan', choices=(
+                'scan', 'checkpoint', 'tail', 'previous'))
             sub.add_argument('--checkpoint', action='store_true',
-                             help='use the checkpoint, not a full scan')
+                             help='the same as --by checkpoint')
             sub.add_argument('--compare', action='store_true',
-                             help='check that both say the same')
+                             help='check that all ways say the same')
     try:
         args = parser.parse_args()
     except SystemExit as stop:
