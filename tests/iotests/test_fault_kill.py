@@ -19,12 +19,14 @@ from bale_iotests import BALE, BUILD, LONG, Background, bale, qemu_img, run, \
     wait_until
 from bale_oracle import SECTOR, NbdClient, Oracle, QemuIo
 
+READER = os.path.join(bale_iotests.TOP, 'scripts/bale-reader.py')
 STRESS = os.path.join(BUILD, 'tests/stress/stress')
 # Of a kill after the start of a process, in seconds
 DELAY_MAX_S = 0.5
 # `bale check`: nothing wrong; pages that the next session gives back
 GOOD, LEAKS = 0, 3
 DEVICES = ('direct', 'buffered', 'loop512', 'loop4096')
+READER_EVERY = 5
 DEVICE_SIZE = 96 * MIB
 
 
@@ -87,6 +89,9 @@ class EngineTest(KillCase):
                                         load.process.returncode == 0,
                                         load.output())
                         self.assertNotIn('WRONG', load.output())
+                    if number % READER_EVERY == 0:
+                        # Scan, and both checkpoints with their tails
+                        run(READER, 'check', path, check=0)
                     out = self.stress('verify', path, 'state', *options)
                     proven += int(out.split(' proven')[0].split()[-1])
                     leaks += self.check_store(path)
