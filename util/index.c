@@ -614,6 +614,10 @@ int bale_index_set(BaleIndex *index, uint64_t key, uint64_t value,
 
 /* Hashes that are computed, and whose buckets are fetched, ahead of use. */
 #define LOAD_BATCH 16
+/* The same for values. */
+#define LOAD_AHEAD 64
+/* Of so many keys at least one is there: go through all of them. */
+#define LOAD_SPARSE 8
 
 uint64_t bale_index_load_keys(const BaleIndex *index)
 {
@@ -665,8 +669,9 @@ static bool load_entry(Table *t, Bucket *b, uint64_t word)
     }
 }
 
-static bool load_table(const BaleIndex *index, Table *t, uint64_t first_key,
-                       const uint64_t *values, uint64_t n)
+/* Key by key: for few keys. */
+static bool load_by_key(const BaleIndex *index, Table *t, uint64_t first_key,
+                        const uint64_t *values, uint64_t n)
 {
     uint64_t span = table_span(t);
     bool ok = true;
@@ -695,6 +700,75 @@ static bool load_table(const BaleIndex *index, Table *t, uint64_t first_key,
     return ok;
 }
 
+/* The entry goes behind @used others of the chain that ends with *@b. */
+static bool load_append(Table *t, Bucket **b, unsigned *used, uint64_t word)
+{
+    if (*used == BUCKET_SLOTS) {
+        Bucket *next = bale_index_overflow_new(t);
+
+        if (!next) {
+            return false;
+        }
+        atomic_store_explicit(&(*b)->link, link_to(next),
+                              memory_order_relaxed);
+        atomic_fetch_add(&t->overflow, 1);
+        *b = next;
+        *used = 0;
+    }
+    atomic_store_explicit(&(*b)->slot[*used], word, memory_order_relaxed);
+    ++*used;
+    return true;
+}
+
+/*
+ * Bucket by bucket, which writes the table from its begin to its end: what is
+ * met at random are the values, and those are fetched ahead.
+ */
+static bool load_by_bucket(const BaleIndex *index, Table *t,
+                           uint64_t first_key, const uint64_t *values,
+                           uint64_t n)
+{
+    const uint64_t mask = index->hash_mask, span = table_span(t);
+    const uint64_t a = odd_inverse(MIX_A), b = odd_inverse(MIX_B);
+    const uint64_t c = odd_inverse(MIX_C), d = odd_inverse(MIX_D);
+    const unsigned shift = index->mix_shift;
+    Bucket *head = t->buckets, *last = head;
+    unsigned used = 0;
+    uint64_t tag = 0;
+
+    for (uint64_t hash = 0; hash <= mask; hash += LOAD_AHEAD) {
+        uint64_t batch = MIN(LOAD_AHEAD, mask + 1 - hash);
+        uint64_t key[LOAD_AHEAD]; /* counted from @first_key */
+
+        for (uint64_t i = 0; i < batch; i++) {
+            /* As bale_index_unmix(), with the inverses at hand. */
+            uint64_t x = ((hash + i) * d) & mask;
+
+            x ^= x >> shift;
+            x = (x * c) & mask;
+            x ^= x >> shift;
+            x = (x * b) & mask;
+            x ^= x >> shift;
+            key[i] = ((x * a) & mask) - (first_key & mask);
+            __builtin_prefetch(&values[MIN(key[i], n - 1)]);
+        }
+        for (uint64_t i = 0; i < batch; i++) {
+            uint64_t value = key[i] < n ? values[key[i]] : 0;
+
+            if (value &&
+                !load_append(t, &last, &used, entry_new(tag, value))) {
+                return false;
+            }
+            if (++tag == span) {
+                last = ++head;
+                used = 0;
+                tag = 0;
+            }
+        }
+    }
+    return true;
+}
+
 int bale_index_load(BaleIndex *index, uint64_t first_key,
                     const uint64_t *values, uint64_t n)
 {
@@ -702,6 +776,7 @@ int bale_index_load(BaleIndex *index, uint64_t first_key,
         &index->segments[first_key >> index->hash_bits];
     Segment *segment;
     uint64_t keys = 0;
+    bool dense;
     Table *t;
 
     assert(n > 0 && (first_key + n - 1) >> index->key_bits == 0 &&
@@ -731,7 +806,9 @@ int bale_index_load(BaleIndex *index, uint64_t first_key,
         return -ENOMEM;
     }
     atomic_init(&segment->table, t);
-    if (!load_table(index, t, first_key, values, n)) {
+    dense = (index->hash_mask + 1) / LOAD_SPARSE <= keys;
+    if (!(dense ? load_by_bucket : load_by_key)(index, t, first_key, values,
+                                                n)) {
         segment_free(index, segment);
         return -ENOMEM;
     }

@@ -11,6 +11,10 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+
+/* A huge page of x86-64 and of aarch64 with 4 KiB pages, in bytes. */
+#define MEMORY_HUGE_LEN (2u << 20)
 
 /* What the inner loop looks at before it may leave, in bytes. */
 #define ZERO_BLOCK_LEN 256
@@ -41,6 +45,17 @@ void *bale_memory_try_alloc0(size_t align, size_t size)
 
     if (buf != NULL) {
         memset(buf, 0, size);
+    }
+    return buf;
+}
+
+void *bale_memory_try_alloc_huge(size_t size)
+{
+    void *buf = bale_memory_try_alloc(MEMORY_HUGE_LEN, size);
+
+    if (buf != NULL) {
+        /* Advice: without huge pages it is only slower. */
+        madvise(buf, size, MADV_HUGEPAGE);
     }
     return buf;
 }

@@ -15,35 +15,51 @@
 #include "util/checksum.h"
 #include "util/memory.h"
 
-int bale_recover_read(BaleStore *s, uint64_t address, uint64_t version,
-                      uint32_t len, BaleRecord *r, uint8_t *buf,
-                      const uint8_t **payload)
+bool bale_recover_extent_ok(BaleStore *s, uint64_t address, uint64_t len)
 {
-    uint64_t begin = bale_align_down(address, BALE_BLOCK_SIZE);
-    uint64_t end = bale_align_up(address + len, BALE_BLOCK_SIZE);
+    return address >= BALE_SUPER_SIZE && len >= BALE_RECORD_HEADER_LEN &&
+           len <= s->page_size && address <= s->dev_info.size &&
+           len <= s->dev_info.size - address &&
+           (address - BALE_SUPER_SIZE) % s->page_size + len <= s->page_size;
+}
+
+int bale_recover_verify(BaleStore *s, uint64_t address, uint64_t version,
+                        uint32_t len, BaleRecord *r, const uint8_t *p,
+                        const uint8_t **payload)
+{
     uint64_t page = (address - BALE_SUPER_SIZE) / s->page_size;
     uint64_t offset = (address - BALE_SUPER_SIZE) % s->page_size;
     uint64_t seed = bale_place(s->identity, page, version, offset);
-    const uint8_t *p;
-    int ret;
 
-    if (address < BALE_SUPER_SIZE || len < BALE_RECORD_HEADER_LEN ||
-        offset + len > s->page_size || address + len > s->dev_info.size) {
-        return -EIO;
+    /* Up to the next record; that does not leave the block. */
+    len = bale_align_up(len, BALE_RECORD_ALIGN);
+    return bale_record_verify(r, seed, s->cluster_size, p, len,
+                              payload) < 0 || r->version != version
+               ? -EIO
+               : 0;
+}
+
+static int recover_read(BaleStore *s, uint64_t address, uint64_t version,
+                        uint32_t len, BaleRecord *r, uint8_t *buf,
+                        const uint8_t **payload)
+{
+    uint64_t begin = bale_align_down(address, BALE_BLOCK_SIZE);
+    uint64_t end = bale_align_up(address + len, BALE_BLOCK_SIZE);
+    int ret = -EIO;
+
+    if (bale_recover_extent_ok(s, address, len)) {
+        ret = bale_device_get_sync(s->dev, begin, buf, end - begin);
     }
-    ret = bale_device_get_sync(s->dev, begin, buf, end - begin);
-    if (ret < 0) {
-        return ret;
-    }
-    p = buf + (address - begin);
-    if (bale_record_decode(r, seed, s->cluster_size, p, len) < 0 ||
-        r->header_len + r->payload_len > len || r->version != version ||
-        bale_checksum(p + r->header_len, r->payload_len, seed) !=
-            r->payload_sum) {
-        return -EIO;
-    }
-    *payload = p + r->header_len;
-    return 0;
+    return ret < 0 ? ret
+                   : bale_recover_verify(s, address, version, len, r,
+                                         buf + (address - begin), payload);
+}
+
+/* Bytes of the blocks in which a record of @len bytes lies. */
+static uint64_t recover_room(uint64_t address, uint32_t len)
+{
+    return bale_align_up(address + len, BALE_BLOCK_SIZE) -
+           bale_align_down(address, BALE_BLOCK_SIZE);
 }
 
 int bale_recover_record(BaleStore *s, uint64_t address, uint64_t version,
@@ -55,12 +71,12 @@ int bale_recover_record(BaleStore *s, uint64_t address, uint64_t version,
 
     buf = len <= s->page_size
               ? bale_memory_try_alloc(BALE_BLOCK_SIZE,
-                                      bale_recover_room(address, len))
+                                      recover_room(address, len))
               : NULL;
     if (!buf) {
         return len <= s->page_size ? -ENOMEM : -EIO;
     }
-    ret = bale_recover_read(s, address, version, len, r, buf, &payload);
+    ret = recover_read(s, address, version, len, r, buf, &payload);
     if (ret < 0) {
         return ret;
     }

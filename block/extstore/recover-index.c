@@ -6,7 +6,7 @@
  * each value, counts what is live in each page, and gives the group to the
  * index as a whole.
  *
- * Memory: 8 MiB for each thread, and a counter for each page.
+ * Memory: 10 MiB for each thread, and a counter for each page.
  *
  * Errors: the first one ends the load; what was loaded is of no use then.
  *
@@ -23,9 +23,13 @@
 /* Values in a group; larger ones are not loaded as a whole. */
 #define LOAD_GROUP_MAX (1u << 20)
 
-/* Bytes of a part, wherever in a block it begins. */
-#define LOAD_PART_MAX                                                        \
-    (BALE_CHUNK_CLUSTERS * 8 + BALE_RECORD_HEADER_LEN + 2 * BALE_BLOCK_SIZE)
+/* Bytes that are read at once: parts that lie near each other. */
+#define LOAD_WINDOW_LEN (2u << 20)
+
+_Static_assert(LOAD_WINDOW_LEN >= BALE_CHUNK_CLUSTERS * 8 +
+                                      BALE_RECORD_HEADER_LEN +
+                                      2 * BALE_BLOCK_SIZE,
+               "a part fits, wherever in a block it begins");
 
 typedef struct LoadPart {
     BaleLayer *layer;
@@ -45,7 +49,8 @@ typedef struct LoadThread {
     Loader *l;
     pthread_t thread;
     uint64_t *values;
-    uint8_t *buf;    /* the longest part */
+    uint8_t *buf;    /* LOAD_WINDOW_LEN */
+    uint64_t window_begin, window_end; /* addresses of what @buf holds */
     uint64_t *live;  /* bytes, by page */
     GArray *stale;   /* StaleCluster */
 } LoadThread;
@@ -80,6 +85,7 @@ static int load_values(LoadThread *t, const LoadPart *p,
         uint64_t value = bale_get_le64(payload + i * 8);
         uint64_t page;
 
+        values[i] = value;
         if (value == 0) {
             continue;
         }
@@ -94,24 +100,72 @@ static int load_values(LoadThread *t, const LoadPart *p,
             StaleCluster stale = { p->part.a, p->part.b + i };
 
             g_array_append_val(t->stale, stale);
-            value = VALUE_STALE;
+            values[i] = VALUE_STALE;
         }
-        values[i] = value;
         entries++;
     }
     p->layer->chunk_entries[p->part.b / BALE_CHUNK_CLUSTERS] = entries;
     return 0;
 }
 
-static int load_part(LoadThread *t, const LoadPart *p)
+/* Where the blocks of @part begin and end; -EIO: not on the device. */
+static int load_extent(BaleStore *s, const BalePart *part, uint64_t *begin,
+                       uint64_t *end)
+{
+    uint64_t len = BALE_RECORD_HEADER_LEN + part->payload_len;
+
+    if (!bale_recover_extent_ok(s, part->address, len)) {
+        return -EIO;
+    }
+    *begin = bale_align_down(part->address, BALE_BLOCK_SIZE);
+    *end = bale_align_up(part->address + len, BALE_BLOCK_SIZE);
+    return 0;
+}
+
+/* Have part @p in the buffer, and what follows it there of the @n from @p. */
+static int load_fetch(LoadThread *t, const LoadPart *p, guint n)
+{
+    BaleStore *s = t->l->c->s;
+    uint64_t begin, end;
+    int ret = load_extent(s, &p->part, &begin, &end);
+
+    if (ret < 0 || (begin >= t->window_begin && end <= t->window_end)) {
+        return ret;
+    }
+    for (guint i = 1; i < n; i++) {
+        uint64_t next_begin, next_end;
+
+        if (load_extent(s, &p[i].part, &next_begin, &next_end) < 0 ||
+            next_begin < begin || next_end - begin > LOAD_WINDOW_LEN) {
+            break;
+        }
+        end = MAX(end, next_end);
+    }
+    t->window_begin = t->window_end = 0;
+    ret = bale_device_get_sync(s->dev, begin, t->buf, end - begin);
+    if (ret == 0) {
+        t->window_begin = begin;
+        t->window_end = end;
+    }
+    return ret;
+}
+
+/* Load @p, the first of @n parts of a group that are left. */
+static int load_part(LoadThread *t, const LoadPart *p, guint n)
 {
     const uint8_t *payload;
     BaleRecord r;
-    int ret;
+    int ret = load_fetch(t, p, n);
 
-    ret = bale_recover_read(t->l->c->s, p->part.address, p->part.version,
-                            BALE_RECORD_HEADER_LEN + p->part.payload_len, &r,
-                            t->buf, &payload);
+    if (ret == 0) {
+        ret = bale_recover_verify(t->l->c->s, p->part.address,
+                                  p->part.version,
+                                  BALE_RECORD_HEADER_LEN +
+                                      p->part.payload_len,
+                                  &r, t->buf + (p->part.address -
+                                                t->window_begin),
+                                  &payload);
+    }
     if (ret == 0 && (r.type != BALE_RECORD_CHECKPOINT_PART ||
                      r.payload_len != p->part.payload_len)) {
         ret = -EIO;
@@ -131,13 +185,12 @@ static int load_group(LoadThread *t, guint first, guint end)
     uint64_t n = 0;
     int ret = 0;
 
-    for (guint i = first; i < end; i++) {
-        n = MAX(n, p[i - first].part.b - p->group +
-                       p[i - first].part.payload_len / 8);
-    }
-    memset(t->values, 0, n * 8);
-    for (guint i = first; ret == 0 && i < end; i++) {
-        ret = load_part(t, &p[i - first]);
+    for (guint i = 0; ret == 0 && i < end - first; i++) {
+        uint64_t at = p[i].part.b - p->group;
+
+        memset(t->values + n, 0, (at - n) * sizeof(*t->values));
+        n = at + p[i].part.payload_len / 8;
+        ret = load_part(t, &p[i], end - first - i);
     }
     if (ret == 0 && n) {
         ret = bale_index_load(p->layer->index, p->group, t->values, n);
@@ -233,8 +286,9 @@ static unsigned load_groups(Loader *l)
 static int thread_init(LoadThread *t, Loader *l)
 {
     t->l = l;
-    t->values = g_try_malloc_n(LOAD_GROUP_MAX, sizeof(*t->values));
-    t->buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, LOAD_PART_MAX);
+    t->values = bale_memory_try_alloc_huge(LOAD_GROUP_MAX *
+                                           sizeof(*t->values));
+    t->buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, LOAD_WINDOW_LEN);
     t->live = g_try_new0(uint64_t, l->c->s->pages->len + 1);
     t->stale = g_array_new(FALSE, FALSE, sizeof(StaleCluster));
     return t->values && t->buf && t->live ? 0 : -ENOMEM;
@@ -252,7 +306,7 @@ static void thread_finish(LoadThread *t)
     }
     g_array_append_vals(c->stale, t->stale->data, t->stale->len);
     g_array_free(t->stale, TRUE);
-    g_free(t->values);
+    bale_memory_free(t->values);
     bale_memory_free(t->buf);
     g_free(t->live);
 }

@@ -168,25 +168,16 @@ int bale_checkpoint_load(Checkpoint *c);
 void bale_checkpoint_note(Checkpoint *c, const BaleCheckpointRef *previous);
 /* Forget what a checkpoint that turned out damaged has loaded. */
 void bale_recover_reset(BaleStore *s);
-/* Bytes that bale_recover_read() needs for a record of @len bytes. */
-static inline uint64_t bale_recover_room(uint64_t address, uint32_t len)
-{
-    uint64_t begin = address / BALE_BLOCK_SIZE * BALE_BLOCK_SIZE;
-
-    return (address + len + BALE_BLOCK_SIZE - 1) / BALE_BLOCK_SIZE *
-               BALE_BLOCK_SIZE -
-           begin;
-}
-
+/* May a record of @len bytes lie at @address? */
+bool bale_recover_extent_ok(BaleStore *s, uint64_t address, uint64_t len);
 /*
- * Read and verify the record at @address of the page version @version, which
- * is at most @len long.  On success *@payload points into @buf, which is
- * aligned to a block.
+ * Verify the record of the page version @version that lies at @address, and in
+ * memory at @p; it is at most @len long.  *@payload points behind @p.
  */
-int bale_recover_read(BaleStore *s, uint64_t address, uint64_t version,
-                      uint32_t len, BaleRecord *r, uint8_t *buf,
-                      const uint8_t **payload);
-/* The same, but on success *@out is the payload, newly allocated. */
+int bale_recover_verify(BaleStore *s, uint64_t address, uint64_t version,
+                        uint32_t len, BaleRecord *r, const uint8_t *p,
+                        const uint8_t **payload);
+/* The same, read from the device; *@out is the payload, newly allocated. */
 int bale_recover_record(BaleStore *s, uint64_t address, uint64_t version,
                         uint32_t len, BaleRecord *r, uint8_t **out);
 

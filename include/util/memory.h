@@ -27,6 +27,12 @@ void *bale_memory_try_alloc(size_t align, size_t size);
 /* The same, filled with zeroes. */
 void *bale_memory_try_alloc0(size_t align, size_t size);
 
+/*
+ * Of undefined content, for a large table that is looked up at random: in huge
+ * pages, if the system has them.
+ */
+void *bale_memory_try_alloc_huge(size_t size);
+
 /* NULL is allowed. */
 void bale_memory_free(void *buf);
 

@@ -488,6 +488,59 @@ static void test_histogram_counts_all(void)
                      50000);
 }
 
+/* One key in @density of @n from @first on, all others absent. */
+static void check_load(unsigned key_bits, uint64_t first, uint64_t n,
+                       unsigned density)
+{
+    g_autoptr(BaleEpoch) e = bale_epoch_new();
+    g_autoptr(BaleIndex) index = bale_index_new(key_bits, 0, e);
+    g_autofree uint64_t *values = g_new0(uint64_t, n);
+    g_autoptr(GRand) rand = random_new();
+    uint64_t group = bale_index_load_keys(index), keys = 0;
+    uint64_t begin = first / group * group;
+    BaleIndexStats stats;
+
+    for (uint64_t i = 0; i < n; i++) {
+        if (random_below(rand, density) == 0) {
+            values[i] = BALE_INDEX_VALUE_MAX - i;
+            keys++;
+        }
+    }
+    g_assert_cmpint(bale_index_load(index, first, values, n), ==, 0);
+    g_assert_true(bale_index_check(index));
+    bale_index_get_stats(index, &stats);
+    g_assert_cmpuint(stats.keys, ==, keys);
+    for (uint64_t key = begin; key < begin + group; key++) {
+        uint64_t value = key >= first && key - first < n ? values[key - first]
+                                                         : 0;
+
+        g_assert_cmpuint(bale_index_find(index, key), ==, value);
+    }
+    /* It can be used like any other. */
+    for (uint64_t i = 0; i < n; i += 3) {
+        uint64_t old;
+
+        g_assert_cmpint(bale_index_set(index, first + i, i + 1, &old), ==, 0);
+        g_assert_cmpuint(old, ==, values[i]);
+    }
+    grow_completely(index);
+    g_assert_true(bale_index_check(index));
+}
+
+static void test_load(void)
+{
+    static const unsigned densities[] = { 1, 2, 5, 9, 100 };
+
+    for (unsigned i = 0; i < G_N_ELEMENTS(densities); i++) {
+        check_load(10, 0, 1024, densities[i]);
+        check_load(13, 100, 7000, densities[i]);
+        check_load(22, (3u << 20) + 5, 16384 * 5 + 1, densities[i]);
+    }
+    check_load(1, 0, 2, 1);
+    check_load(21, 1 << 20, 1 << 20, 1);
+    check_load(21, 0, 1 << 20, 3);
+}
+
 /*
  * At every possible point, memory runs out for a while: an insertion fails
  * cleanly or works, nothing is lost, and all is well afterwards.
@@ -585,6 +638,7 @@ int main(int argc, char **argv)
     g_test_add_func("/index/walk-range", test_walk_range);
     g_test_add_func("/index/remove-from", test_remove_from);
     g_test_add_func("/index/histogram-counts-all", test_histogram_counts_all);
+    g_test_add_func("/index/load", test_load);
     g_test_add_func("/index/no-memory", test_no_memory);
     g_test_add_func("/index/free-while-growing", test_free_while_growing);
     return g_test_run();
