@@ -8,14 +8,21 @@
  * are the warmest), and nobody when all are busy.
  *
  * Invariants, under the mutex:
- *  1. A worker is in the idle stack if and only if it waits for its `woken`.
+ *  1. A worker in the idle stack waits for its semaphore; whoever takes it off
+ *     the stack posts that, once.
  *  2. While anything is queued, the stack is empty or somebody is woken for
- *     it: a woken worker looks at the queues before it may sleep again.
+ *     it: a woken worker looks at the queues before it may sleep again, and one
+ *     that leaves wakes another.
  *  3. `running` counts the workers inside a function.
+ *  4. The workers that run and do not leave are those with an index below
+ *     `threads`; a thread that has left is joined before its place is used
+ *     again, or by _free.
  *
  * The mutexes are pthread's and not GLib's, because ThreadSanitizer knows
- * those.  Conditions are signalled under the mutex: whoever learns from the
- * work that it is done may free the pool before the push has returned.
+ * those.  Semaphores are posted after the mutex was given up, lest the one who
+ * wakes runs into it.  That is safe although whoever learns from the work that
+ * it is done may free the pool meanwhile: _free joins the woken worker, too,
+ * which cannot end before the post.  `drained` is signalled under the mutex.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -24,6 +31,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -37,16 +45,20 @@
 G_STATIC_ASSERT(BALE_WORKERS_MAX <= 1000);
 
 typedef struct Worker {
-    /* Never change once the thread runs. */
+    /* Never change while the thread runs. */
     BaleWorkers *pool;
     unsigned index;
     void *context;
     pthread_t thread;
+    sem_t wake;
+
+    /* Under resize_lock: the thread was made and not joined. */
+    bool started;
 
     /* Under the pool's mutex. */
-    bool woken;
     struct Worker *next_idle;
-    pthread_cond_t wake;
+    bool leave; /* is to end */
+    bool left;  /* looks at nothing of the pool any more */
 } Worker;
 
 typedef struct Queue {
@@ -58,23 +70,27 @@ typedef struct Queue {
 struct BaleWorkers {
     /* Never change after bale_workers_new(). */
     char name[THREAD_NAME_LEN - THREAD_SUFFIX_LEN];
-    unsigned threads;
+    BaleWorkerContextNew *context_new;
     BaleWorkerContextFree *context_free;
+    void *opaque;
 
+    /* Held by who changes the number of threads; taken before the mutex. */
+    pthread_mutex_t resize_lock;
     pthread_mutex_t mutex;
 
     /* Under the mutex. */
     Queue queues[BALE_WORK__PRIORITIES];
+    unsigned threads;
     Worker *idle;
     unsigned running;
     unsigned drainers;
-    bool stop;
     uint64_t executed;
     uint64_t wakeups;
     /* Signalled when nothing is queued and nothing runs. */
     pthread_cond_t drained;
 
-    Worker workers[];
+    /* By index; the places that were ever used, under resize_lock. */
+    Worker *workers[BALE_WORKERS_MAX];
 };
 
 static void queue_init(Queue *queue)
@@ -121,36 +137,51 @@ static BaleWork *next_work_locked(BaleWorkers *pool)
     return NULL;
 }
 
-static bool is_drained_locked(const BaleWorkers *pool)
+static bool is_queue_empty_locked(const BaleWorkers *pool)
 {
     for (unsigned i = 0; i < BALE_WORK__PRIORITIES; i++) {
         if (pool->queues[i].len != 0) {
             return false;
         }
     }
-    return pool->running == 0;
+    return true;
 }
 
-static void wake_one_locked(BaleWorkers *pool)
+static bool is_drained_locked(const BaleWorkers *pool)
+{
+    return is_queue_empty_locked(pool) && pool->running == 0;
+}
+
+/* A sleeper, or NULL; the caller wakes it when it has given up the mutex. */
+static Worker *take_idle_locked(BaleWorkers *pool)
 {
     Worker *worker = pool->idle;
 
     if (worker != NULL) {
         pool->idle = worker->next_idle;
-        worker->woken = true;
         pool->wakeups++;
-        pthread_cond_signal(&worker->wake);
+    }
+    return worker;
+}
+
+/* Nothing of the pool may be touched after this, but by its owner. */
+static void wake(Worker *worker)
+{
+    if (worker != NULL) {
+        sem_post(&worker->wake);
     }
 }
 
+/* Called and returns with the mutex. */
 static void sleep_locked(BaleWorkers *pool, Worker *worker)
 {
-    worker->woken = false;
     worker->next_idle = pool->idle;
     pool->idle = worker;
-    while (!worker->woken) {
-        pthread_cond_wait(&worker->wake, &pool->mutex);
+    pthread_mutex_unlock(&pool->mutex);
+    while (sem_wait(&worker->wake) != 0) {
+        assert(errno == EINTR);
     }
+    pthread_mutex_lock(&pool->mutex);
 }
 
 static void *worker_main(void *opaque)
@@ -158,12 +189,13 @@ static void *worker_main(void *opaque)
     Worker *worker = opaque;
     BaleWorkers *pool = worker->pool;
     char name[THREAD_NAME_LEN + 8];
+    Worker *other = NULL;
 
     snprintf(name, sizeof(name), "%s-%u", pool->name, worker->index);
     pthread_setname_np(pthread_self(), name);
 
     pthread_mutex_lock(&pool->mutex);
-    for (;;) {
+    while (!worker->leave) {
         BaleWork *work = next_work_locked(pool);
 
         if (work != NULL) {
@@ -176,13 +208,16 @@ static void *worker_main(void *opaque)
             if (pool->drainers > 0 && is_drained_locked(pool)) {
                 pthread_cond_broadcast(&pool->drained);
             }
-        } else if (pool->stop) {
-            break;
         } else {
             sleep_locked(pool, worker);
         }
     }
+    if (!is_queue_empty_locked(pool)) {
+        other = take_idle_locked(pool);
+    }
+    worker->left = true;
     pthread_mutex_unlock(&pool->mutex);
+    wake(other);
     return NULL;
 }
 
@@ -205,69 +240,162 @@ static int create_thread(Worker *worker)
     return ret;
 }
 
-/* End and join the first @started threads; nothing may be queued any more. */
-static void stop_threads(BaleWorkers *pool, unsigned started)
+/* Join a thread that has left, or is going to.  Under resize_lock. */
+static void join_worker(BaleWorkers *pool, Worker *worker)
 {
+    pthread_join(worker->thread, NULL);
+    worker->started = false;
+    if (pool->context_free != NULL) {
+        pool->context_free(worker->context);
+    }
+    worker->context = NULL;
+}
+
+/* Let the workers from @first on leave.  Under resize_lock. */
+static void dismiss(BaleWorkers *pool, unsigned first)
+{
+    Worker *idle = NULL, **p;
+
     pthread_mutex_lock(&pool->mutex);
-    pool->stop = true;
-    while (pool->idle != NULL) {
-        wake_one_locked(pool);
+    for (unsigned i = first; i < BALE_WORKERS_MAX; i++) {
+        if (pool->workers[i] != NULL) {
+            pool->workers[i]->leave = true;
+        }
+    }
+    for (p = &pool->idle; *p != NULL;) {
+        Worker *worker = *p;
+
+        if (worker->leave) {
+            *p = worker->next_idle;
+            worker->next_idle = idle;
+            idle = worker;
+        } else {
+            p = &worker->next_idle;
+        }
     }
     pthread_mutex_unlock(&pool->mutex);
+    while (idle != NULL) {
+        Worker *worker = idle;
 
-    for (unsigned i = 0; i < started; i++) {
-        pthread_join(pool->workers[i].thread, NULL);
+        idle = worker->next_idle;
+        wake(worker);
     }
 }
 
-/* Frees everything; @contexts of the workers have one. */
-static void pool_free(BaleWorkers *pool, unsigned contexts)
+/* A worker that was to leave and has not left stays.  Under resize_lock. */
+static bool keep_worker(Worker *worker)
 {
-    for (unsigned i = 0; i < contexts; i++) {
-        if (pool->context_free != NULL) {
-            pool->context_free(pool->workers[i].context);
-        }
+    bool kept;
+
+    pthread_mutex_lock(&worker->pool->mutex);
+    kept = worker->started && !worker->left;
+    if (kept) {
+        worker->leave = false;
     }
-    for (unsigned i = 0; i < pool->threads; i++) {
-        pthread_cond_destroy(&pool->workers[i].wake);
-    }
-    pthread_cond_destroy(&pool->drained);
-    pthread_mutex_destroy(&pool->mutex);
-    g_free(pool);
+    pthread_mutex_unlock(&worker->pool->mutex);
+    return kept;
 }
 
-static bool make_contexts(BaleWorkers *pool, BaleWorkerContextNew *context_new,
-                          void *opaque, unsigned *contexts, GError **errp)
+/* Make worker @index run, if it does not.  Under resize_lock. */
+static bool start_worker(BaleWorkers *pool, unsigned index, GError **errp)
 {
-    for (*contexts = 0; *contexts < pool->threads; (*contexts)++) {
-        GError *err = NULL;
+    Worker *worker = pool->workers[index];
+    GError *err = NULL;
+    int ret;
 
-        if (context_new != NULL) {
-            pool->workers[*contexts].context =
-                context_new(opaque, *contexts, &err);
-            if (err != NULL) {
-                g_propagate_error(errp, err);
-                return false;
-            }
-        }
+    if (worker == NULL) {
+        worker = g_new0(Worker, 1);
+        worker->pool = pool;
+        worker->index = index;
+        sem_init(&worker->wake, 0, 0);
+        pool->workers[index] = worker;
+    } else if (keep_worker(worker)) {
+        return true;
+    } else if (worker->started) {
+        join_worker(pool, worker);
     }
-    return true;
-}
-
-static bool start_threads(BaleWorkers *pool, GError **errp)
-{
-    for (unsigned i = 0; i < pool->threads; i++) {
-        int ret = create_thread(&pool->workers[i]);
-
-        if (ret != 0) {
-            g_set_error(errp, G_FILE_ERROR, g_file_error_from_errno(ret),
-                        "cannot start worker thread %u of %u: %s", i + 1,
-                        pool->threads, g_strerror(ret));
-            stop_threads(pool, i);
+    if (pool->context_new != NULL) {
+        worker->context = pool->context_new(pool->opaque, index, &err);
+        if (err != NULL) {
+            g_propagate_error(errp, err);
             return false;
         }
     }
+    worker->leave = worker->left = false;
+    ret = create_thread(worker);
+    if (ret != 0) {
+        g_set_error(errp, G_FILE_ERROR, g_file_error_from_errno(ret),
+                    "cannot start worker thread %u: %s", index + 1,
+                    g_strerror(ret));
+        if (pool->context_free != NULL) {
+            pool->context_free(worker->context);
+        }
+        worker->context = NULL;
+        return false;
+    }
+    worker->started = true;
     return true;
+}
+
+/* Join all that leave, and free everything. */
+static void pool_free(BaleWorkers *pool)
+{
+    for (unsigned i = 0; i < BALE_WORKERS_MAX; i++) {
+        Worker *worker = pool->workers[i];
+
+        if (worker != NULL) {
+            if (worker->started) {
+                join_worker(pool, worker);
+            }
+            sem_destroy(&worker->wake);
+            g_free(worker);
+        }
+    }
+    pthread_cond_destroy(&pool->drained);
+    pthread_mutex_destroy(&pool->mutex);
+    pthread_mutex_destroy(&pool->resize_lock);
+    g_free(pool);
+}
+
+static unsigned threads_now(BaleWorkers *pool)
+{
+    unsigned threads;
+
+    pthread_mutex_lock(&pool->mutex);
+    threads = pool->threads;
+    pthread_mutex_unlock(&pool->mutex);
+    return threads;
+}
+
+bool bale_workers_set_threads(BaleWorkers *pool, unsigned threads,
+                              GError **errp)
+{
+    unsigned before;
+    bool ok = true;
+
+    if (threads == 0) {
+        threads = MIN(bale_workers_online_cores(), BALE_WORKERS_MAX);
+    }
+    if (threads > BALE_WORKERS_MAX) {
+        g_set_error(errp, G_FILE_ERROR, G_FILE_ERROR_INVAL,
+                    "%u worker threads are too many, the limit is %u",
+                    threads, BALE_WORKERS_MAX);
+        return false;
+    }
+    pthread_mutex_lock(&pool->resize_lock);
+    before = threads_now(pool);
+    for (unsigned i = before; ok && i < threads; i++) {
+        ok = start_worker(pool, i, errp);
+    }
+    if (!ok) {
+        threads = before;
+    }
+    dismiss(pool, threads);
+    pthread_mutex_lock(&pool->mutex);
+    pool->threads = threads;
+    pthread_mutex_unlock(&pool->mutex);
+    pthread_mutex_unlock(&pool->resize_lock);
+    return ok;
 }
 
 BaleWorkers *bale_workers_new(const char *name, unsigned threads,
@@ -276,37 +404,21 @@ BaleWorkers *bale_workers_new(const char *name, unsigned threads,
                               void *opaque, GError **errp)
 {
     BaleWorkers *pool;
-    unsigned contexts;
 
     assert(name != NULL);
-    if (threads == 0) {
-        threads = MIN(bale_workers_online_cores(), BALE_WORKERS_MAX);
-    }
-    if (threads > BALE_WORKERS_MAX) {
-        g_set_error(errp, G_FILE_ERROR, G_FILE_ERROR_INVAL,
-                    "%u worker threads are too many, the limit is %u",
-                    threads, BALE_WORKERS_MAX);
-        return NULL;
-    }
-
-    pool = g_malloc0(sizeof(*pool) + threads * sizeof(pool->workers[0]));
+    pool = g_new0(BaleWorkers, 1);
     g_strlcpy(pool->name, name, sizeof(pool->name));
-    pool->threads = threads;
+    pool->context_new = context_new;
     pool->context_free = context_free;
+    pool->opaque = opaque;
+    pthread_mutex_init(&pool->resize_lock, NULL);
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->drained, NULL);
     for (unsigned i = 0; i < BALE_WORK__PRIORITIES; i++) {
         queue_init(&pool->queues[i]);
     }
-    for (unsigned i = 0; i < threads; i++) {
-        pool->workers[i].pool = pool;
-        pool->workers[i].index = i;
-        pthread_cond_init(&pool->workers[i].wake, NULL);
-    }
-
-    if (!make_contexts(pool, context_new, opaque, &contexts, errp) ||
-        !start_threads(pool, errp)) {
-        pool_free(pool, contexts);
+    if (!bale_workers_set_threads(pool, threads, errp)) {
+        pool_free(pool);
         return NULL;
     }
     return pool;
@@ -315,14 +427,16 @@ BaleWorkers *bale_workers_new(const char *name, unsigned threads,
 void bale_workers_push(BaleWorkers *pool, BaleWork *work,
                        BaleWorkPriority priority)
 {
+    Worker *worker;
+
     assert(work->fn != NULL);
     assert((unsigned)priority < BALE_WORK__PRIORITIES);
 
     pthread_mutex_lock(&pool->mutex);
-    assert(!pool->stop);
     queue_push(&pool->queues[priority], work);
-    wake_one_locked(pool);
+    worker = take_idle_locked(pool);
     pthread_mutex_unlock(&pool->mutex);
+    wake(worker);
 }
 
 void bale_workers_drain(BaleWorkers *pool)
@@ -342,8 +456,8 @@ void bale_workers_free(BaleWorkers *pool)
         return;
     }
     bale_workers_drain(pool);
-    stop_threads(pool, pool->threads);
-    pool_free(pool, pool->threads);
+    dismiss(pool, 0);
+    pool_free(pool);
 }
 
 void bale_workers_get_stats(BaleWorkers *pool, BaleWorkersStats *stats)
@@ -361,7 +475,7 @@ void bale_workers_get_stats(BaleWorkers *pool, BaleWorkersStats *stats)
     pthread_mutex_unlock(&pool->mutex);
 }
 
-unsigned bale_workers_threads(const BaleWorkers *pool)
+unsigned bale_workers_threads(BaleWorkers *pool)
 {
-    return pool->threads;
+    return threads_now(pool);
 }

@@ -691,6 +691,11 @@ void bale_store_set_cache_size(BaleStore *s, uint64_t bytes)
     bale_cache_set_size(s->cache, bytes);
 }
 
+bool bale_store_set_workers(BaleStore *s, unsigned workers, GError **errp)
+{
+    return bale_workers_set_threads(s->workers, workers, errp);
+}
+
 /* --- information --- */
 
 BaleDevice *bale_store_device(BaleStore *s)

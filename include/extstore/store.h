@@ -192,6 +192,12 @@ bool bale_store_set_read_only(BaleStore *store, bool read_only, GError **errp);
 /* Change the size of the cache, which forgets everything. */
 void bale_store_set_cache_size(BaleStore *store, uint64_t bytes);
 
+/*
+ * Change the number of compression threads; 0: one for each core.  On error it
+ * stays what it was.  Does not wait for those that are too many.
+ */
+bool bale_store_set_workers(BaleStore *store, unsigned workers, GError **errp);
+
 /* True if first bytes of a device could belong to a store (probing). */
 bool bale_store_probe(const void *buf, size_t len);
 

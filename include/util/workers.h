@@ -9,13 +9,13 @@
  * The pool does not bound its queues: whoever pushes owns the items, and so
  * the bound (of clusters in flight, say) lies with the pusher.
  *
- * Threads: every function may be called from any thread, except that _drain
- * and _free must not be called from a worker of the same pool, and that
- * nothing else may run in parallel with _free.  What the pusher wrote before
- * the push is visible to the function.  Workers block all signals.
+ * Threads: every function may be called from any thread, except that _drain,
+ * _set_threads and _free must not be called from a worker of the same pool, and
+ * that nothing else may run in parallel with _free.  What the pusher wrote
+ * before the push is visible to the function.  Workers block all signals.
  *
- * fork(2): the threads start in bale_workers_new() and do not survive a fork,
- * so make a pool after a program has forked.
+ * fork(2): the threads start in bale_workers_new() and _set_threads, and do not
+ * survive a fork, so make a pool after a program has forked.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -57,13 +57,15 @@ typedef enum BaleWorkPriority {
 
 /*
  * Makes the context of worker @worker.  Called in the thread that calls
- * bale_workers_new(), before any thread exists.  On error return NULL and set
+ * bale_workers_new() or _set_threads, before that worker's thread exists.  On
+ * error return NULL and set
  * @errp; NULL without an error is a context like any other.
  */
 typedef void *BaleWorkerContextNew(void *opaque, unsigned worker,
                                    GError **errp);
 
-/* Called once for each context, from bale_workers_free(), after the joins. */
+/* Called once for each context, from _free or _set_threads, after the worker's
+ * thread has ended. */
 typedef void BaleWorkerContextFree(void *context);
 
 typedef struct BaleWorkersStats {
@@ -86,8 +88,8 @@ unsigned bale_workers_online_cores(void);
  * bale_workers_online_cores().  The threads are called "@name-0" and so on;
  * @name is copied and cut so that this fits the kernel's 15 bytes.
  *
- * @context_new and @context_free may both be NULL.  @opaque is only borrowed
- * during the call.
+ * @context_new and @context_free may both be NULL.  @opaque is borrowed until
+ * the last _set_threads.
  *
  * Returns NULL with @errp set when a thread cannot be made or a constructor
  * fails; nothing is left behind then.
@@ -96,6 +98,14 @@ BaleWorkers *bale_workers_new(const char *name, unsigned threads,
                               BaleWorkerContextNew *context_new,
                               BaleWorkerContextFree *context_free,
                               void *opaque, GError **errp);
+
+/*
+ * Change the number of threads; as in bale_workers_new().  More of them run at
+ * once; those that are too many end when they have finished what they do now,
+ * and nobody waits for that.  On error the number stays what it was.
+ */
+bool bale_workers_set_threads(BaleWorkers *pool, unsigned threads,
+                              GError **errp);
 
 /*
  * Queue @work, which must not be in a queue already.  Never blocks on
@@ -118,7 +128,7 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(BaleWorkers, bale_workers_free)
 /* A snapshot; the numbers belong together. */
 void bale_workers_get_stats(BaleWorkers *pool, BaleWorkersStats *stats);
 
-/* The number of threads; never changes. */
-unsigned bale_workers_threads(const BaleWorkers *pool);
+/* The number of threads, without those that are leaving. */
+unsigned bale_workers_threads(BaleWorkers *pool);
 
 #endif

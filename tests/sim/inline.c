@@ -310,9 +310,9 @@ void __wrap_bale_workers_get_stats(BaleWorkers *workers,
     pthread_mutex_unlock(&lock);
 }
 
-unsigned __wrap_bale_workers_threads(const BaleWorkers *workers)
+unsigned __wrap_bale_workers_threads(BaleWorkers *workers)
 {
-    return pool_of((BaleWorkers *)workers)
+    return pool_of(workers)
                ? 1
                : __real_bale_workers_threads(workers);
 }

@@ -48,7 +48,7 @@ void __real_bale_workers_get_stats(BaleWorkers *workers,
                                    BaleWorkersStats *stats);
 void __wrap_bale_workers_get_stats(BaleWorkers *workers,
                                    BaleWorkersStats *stats);
-unsigned __real_bale_workers_threads(const BaleWorkers *workers);
-unsigned __wrap_bale_workers_threads(const BaleWorkers *workers);
+unsigned __real_bale_workers_threads(BaleWorkers *workers);
+unsigned __wrap_bale_workers_threads(BaleWorkers *workers);
 
 #endif

@@ -422,6 +422,100 @@ static void test_no_number_means_all_cores(void)
     bale_workers_drain(pool);
 }
 
+typedef struct Resizer {
+    BaleWorkers *pool;
+    atomic_bool stop;
+    int rounds;
+} Resizer;
+
+static void *resizer_main(void *opaque)
+{
+    static const unsigned sizes[] = { 3, 1, 6, 2, 2, 5 };
+    Resizer *r = opaque;
+
+    while (!r->stop || r->rounds < 20) {
+        unsigned n = sizes[r->rounds++ % G_N_ELEMENTS(sizes)];
+
+        g_assert_true(bale_workers_set_threads(r->pool, n, NULL));
+        g_assert_cmpuint(bale_workers_threads(r->pool), ==, n);
+    }
+    return NULL;
+}
+
+static void *counted_context_new(void *opaque, unsigned worker, GError **errp)
+{
+    Context *context = g_new0(Context, 1);
+
+    context->worker = worker;
+    atomic_fetch_add((atomic_int *)opaque, 1);
+    return context;
+}
+
+static void test_the_number_changes_while_work_runs(void)
+{
+    atomic_int made = 0;
+    Resizer r = {
+        .pool = bale_workers_new("resize", 1, counted_context_new, g_free,
+                                 &made, NULL),
+    };
+    g_autofree Item *items = g_new0(Item, MANY);
+    pthread_t thread;
+
+    g_assert_cmpint(pthread_create(&thread, NULL, resizer_main, &r), ==, 0);
+    for (int i = 0; i < MANY; i++) {
+        items[i].work.fn = item_run;
+        bale_workers_push(r.pool, &items[i].work, i & 1);
+        if (i % 500 == 0) {
+            bale_workers_drain(r.pool);
+        }
+    }
+    r.stop = true;
+    pthread_join(thread, NULL);
+    bale_workers_free(r.pool);
+    for (int i = 0; i < MANY; i++) {
+        g_assert_cmpint(items[i].runs, ==, 1);
+    }
+    g_assert_cmpint(made, >=, 6);
+}
+
+/* Nobody waits for the worker that leaves, and what is queued is done. */
+static void test_a_busy_worker_leaves_when_it_is_done(void)
+{
+    g_autoptr(BaleWorkers) pool =
+        bale_workers_new("leave", 2, NULL, NULL, NULL, NULL);
+    Gate gates[2];
+    Item item = { .work.fn = item_run };
+
+    gate_close(&gates[0], pool);
+    gate_close(&gates[1], pool);
+    g_assert_true(bale_workers_set_threads(pool, 1, NULL));
+    g_assert_cmpuint(bale_workers_threads(pool), ==, 1);
+    bale_workers_push(pool, &item.work, BALE_WORK_NORMAL);
+    gates[0].open = gates[1].open = true;
+    bale_workers_drain(pool);
+    g_assert_cmpint(item.runs, ==, 1);
+    g_assert_true(bale_workers_set_threads(pool, 2, NULL));
+}
+
+static void test_more_threads_that_cannot_be_leave_the_number(void)
+{
+    Contexts c = { .fail_at = 3 };
+    BaleWorkers *pool =
+        bale_workers_new("ctx", 2, context_new, context_free, &c, NULL);
+    g_autoptr(GError) err = NULL;
+    Item item = { .work.fn = item_run };
+
+    g_assert_false(bale_workers_set_threads(pool, 5, &err));
+    g_assert_error(err, G_FILE_ERROR, G_FILE_ERROR_NOMEM);
+    g_assert_false(bale_workers_set_threads(pool, BALE_WORKERS_MAX + 1,
+                                            NULL));
+    g_assert_cmpuint(bale_workers_threads(pool), ==, 2);
+    bale_workers_push(pool, &item.work, BALE_WORK_NORMAL);
+    bale_workers_free(pool);
+    g_assert_cmpint(item.runs, ==, 1);
+    g_assert_cmpint(contexts_alive, ==, 0);
+}
+
 static void test_pools_come_and_go(void)
 {
     for (int i = 0; i < 200; i++) {
@@ -467,6 +561,12 @@ int main(int argc, char **argv)
                     test_workers_are_named_and_block_signals);
     g_test_add_func("/workers/no-number-means-all-cores",
                     test_no_number_means_all_cores);
+    g_test_add_func("/workers/the-number-changes-while-work-runs",
+                    test_the_number_changes_while_work_runs);
+    g_test_add_func("/workers/a-busy-worker-leaves-when-it-is-done",
+                    test_a_busy_worker_leaves_when_it_is_done);
+    g_test_add_func("/workers/more-threads-that-cannot-be-leave-the-number",
+                    test_more_threads_that_cannot_be_leave_the_number);
     g_test_add_func("/workers/pools-come-and-go", test_pools_come_and_go);
     return g_test_run();
 }
