@@ -34,6 +34,8 @@ BaleControl *bale_bs_control(BlockDriverState *bs);
 
 /* As reopening @bs, a bale node, with another cache-size does. */
 void bale_bs_set_cache_size(BlockDriverState *bs, uint64_t bytes);
+/* Compression threads; 0: one for each core. */
+int bale_bs_set_workers(BlockDriverState *bs, unsigned workers, Error **errp);
 
 /*
  * Run a blocking function of the engine as bale_bridge_run() does; transfers of

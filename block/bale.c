@@ -79,6 +79,18 @@ void bale_bs_set_cache_size(BlockDriverState *bs, uint64_t bytes)
     bale_store_set_cache_size(s->store, bytes);
 }
 
+int bale_bs_set_workers(BlockDriverState *bs, unsigned workers, Error **errp)
+{
+    BDRVBaleState *s = bs->opaque;
+    GError *err = NULL;
+
+    if (!bale_store_set_workers(s->store, workers, &err)) {
+        return bale_bridge_error(err, errp);
+    }
+    s->workers = workers;
+    return 0;
+}
+
 void bale_bs_busy_begin(BlockDriverState *bs)
 {
     BDRVBaleState *s = bs->opaque;
@@ -317,24 +329,31 @@ static QemuOptsList bale_runtime_opts = {
     },
 };
 
+/* Takes compression-threads from @opts. */
+static bool read_workers(QemuOpts *opts, unsigned *workers, Error **errp)
+{
+    uint64_t n = qemu_opt_get_number(opts, BALE_OPT_COMPRESSION_THREADS, 0);
+
+    if (n > BALE_WORKERS_MAX) {
+        error_setg(errp, "'%s' must be between 1 and %u, or 0 for one for "
+                   "each core", BALE_OPT_COMPRESSION_THREADS,
+                   BALE_WORKERS_MAX);
+        return false;
+    }
+    *workers = n;
+    return true;
+}
+
 static int bale_read_options(BDRVBaleState *s, QDict *options, Error **errp)
 {
     QemuOpts *opts = qemu_opts_create(&bale_runtime_opts, NULL, 0,
                                       &error_abort);
-    uint64_t workers;
     int ret = -EINVAL;
 
-    if (!qemu_opts_absorb_qdict(opts, options, errp)) {
+    if (!qemu_opts_absorb_qdict(opts, options, errp) ||
+        !read_workers(opts, &s->workers, errp)) {
         goto out;
     }
-    workers = qemu_opt_get_number(opts, BALE_OPT_COMPRESSION_THREADS, 0);
-    if (workers > BALE_WORKERS_MAX) {
-        error_setg(errp, "'%s' must be between 1 and %u, or 0 for one for "
-                   "each core", BALE_OPT_COMPRESSION_THREADS,
-                   BALE_WORKERS_MAX);
-        goto out;
-    }
-    s->workers = workers;
     s->cache_size = qemu_opt_get_size(opts, BALE_OPT_CACHE_SIZE,
                                       BALE_CACHE_SIZE_DEFAULT);
     s->image_name = g_strdup(qemu_opt_get(opts, BALE_OPT_IMAGE));
@@ -467,15 +486,24 @@ static QemuOptsList bale_reopen_opts = {
             .type = QEMU_OPT_SIZE,
             .help = "Memory for decompressed clusters (default: 16M)",
         },
+        {
+            .name = BALE_OPT_COMPRESSION_THREADS,
+            .type = QEMU_OPT_NUMBER,
+            .help = "Threads that compress and decompress "
+                    "(default: one for each core)",
+        },
         { /* end of list */ }
     },
 };
 
 /* ... and be left out again, which stands for the default. */
-static const char *const bale_mutable_opts[] = { BALE_OPT_CACHE_SIZE, NULL };
+static const char *const bale_mutable_opts[] = {
+    BALE_OPT_CACHE_SIZE, BALE_OPT_COMPRESSION_THREADS, NULL
+};
 
 typedef struct BaleReopen {
     uint64_t cache_size;
+    unsigned workers;
 } BaleReopen;
 
 static int bale_reopen_prepare(BDRVReopenState *state,
@@ -485,14 +513,14 @@ static int bale_reopen_prepare(BDRVReopenState *state,
     BaleJob *job = bale_bs_control(bs)->job;
     QemuOpts *opts = qemu_opts_create(&bale_reopen_opts, NULL, 0,
                                       &error_abort);
-    BaleReopen *r = NULL;
+    BaleReopen *r = g_new0(BaleReopen, 1);
     int ret = 0;
 
-    if (!qemu_opts_absorb_qdict(opts, state->options, errp)) {
+    if (!qemu_opts_absorb_qdict(opts, state->options, errp) ||
+        !read_workers(opts, &r->workers, errp)) {
         ret = -EINVAL;
         goto out;
     }
-    r = g_new(BaleReopen, 1);
     r->cache_size = qemu_opt_get_size(opts, BALE_OPT_CACHE_SIZE,
                                       BALE_CACHE_SIZE_DEFAULT);
     if (!(state->flags & (BDRV_O_RDWR | BDRV_O_INACTIVE))) {
@@ -535,6 +563,13 @@ static void bale_reopen_commit(BDRVReopenState *state)
     if (r->cache_size != s->cache_size) {
         s->cache_size = r->cache_size;
         bale_store_set_cache_size(s->store, r->cache_size);
+    }
+    if (r->workers != s->workers) {
+        Error *err = NULL;
+
+        if (bale_bs_set_workers(state->bs, r->workers, &err) < 0) {
+            error_reportf_err(err, "bale: '%s': ", s->filename);
+        }
     }
     g_clear_pointer(&state->opaque, g_free);
     bale_reopen_sync(state->bs, state->flags);

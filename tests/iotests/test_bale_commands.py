@@ -94,7 +94,7 @@ class NodeTest(Base):
                 qemu.command('blockdev-reopen', **reopen())
                 options['cache-size'] = MIB
                 qemu.command('blockdev-reopen', **reopen())
-                for more, words in (({'compression-threads': 5},
+                for more, words in (({'compression-threads': 500},
                                      'compression-threads'),
                                     ({'nonsense': 1}, 'nonsense'),
                                     ({'cache-size': 'x'}, 'cache-size'),

@@ -194,10 +194,23 @@ class QueryTest(Base):
                     'cache-size': size}])
                 info, = qemu.command('query-bale', node_name='a')
                 self.assertEqual(info['stats']['cache-max-bytes'], size)
-            self.assertIn('compression-threads', self.fails(
-                qemu, 'blockdev-reopen', options=[{
+        check('a.bale')
+
+    def test_the_number_of_threads_changes_while_open(self):
+        create('a.bale', 4 * MIB)
+        with Qemu(DAEMON) as qemu:
+            self.add(qemu)
+
+            def threads(number):
+                return {'options': [{
                     'driver': 'bale', 'node-name': 'a', 'file': 'a-file',
-                    'compression-threads': 3}]))
+                    'compression-threads': number}]}
+            for number in (3, 1, 5):
+                qemu.command('blockdev-reopen', **threads(number))
+                info, = qemu.command('query-bale', node_name='a')
+                self.assertEqual(info['stats']['workers'], number)
+            self.assertIn('256', self.fails(qemu, 'blockdev-reopen',
+                                            **threads(257)))
         check('a.bale')
 
 
