@@ -249,6 +249,7 @@ static void mover_finish(BaleIndex *index, Segment *segment, Table *t)
     } else {
         count(&index->shrinks, 1);
     }
+    bale_index_table_huge(next);
     atomic_store(&segment->table, next);
     atomic_store(&index->moving, NULL);
     bale_index_table_retire(t, index->epoch);

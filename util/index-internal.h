@@ -244,6 +244,12 @@ void bale_index_ledger_unref(Ledger *ledger);
 Table *bale_index_table_new(Ledger *ledger, unsigned hash_bits,
                             unsigned shift);
 void bale_index_table_free(Table *t);
+/*
+ * All of @t is used, at random: huge pages mean fewer misses.  Not while
+ * requests fill it: the first touch of each would make one of them wait for
+ * milliseconds.
+ */
+void bale_index_table_huge(Table *t);
 /* Counts @t as retired and frees it when the epoch allows. */
 void bale_index_table_retire(Table *t, BaleEpoch *epoch);
 

@@ -62,10 +62,6 @@ void *bale_index_memory_new(Ledger *ledger, size_t bytes)
         if (memory == MAP_FAILED) {
             return NULL;
         }
-        if (bytes >= HUGE_MIN_BYTES) {
-            /* All of it is used, at random: fewer faults, fewer misses. */
-            madvise(memory, bytes, MADV_HUGEPAGE);
-        }
     } else {
         if (posix_memalign(&memory, sizeof(Bucket), bytes) != 0) {
             return NULL;
@@ -116,6 +112,13 @@ Table *bale_index_table_new(Ledger *ledger, unsigned hash_bits, unsigned shift)
     t->ledger = ledger_ref(ledger);
     pthread_mutex_init(&t->lock, NULL);
     return t;
+}
+
+void bale_index_table_huge(Table *t)
+{
+    if (t->buckets_bytes >= HUGE_MIN_BYTES) {
+        madvise(t->buckets, t->buckets_bytes, MADV_HUGEPAGE);
+    }
 }
 
 static uint64_t table_bytes(Table *t)

@@ -113,6 +113,46 @@ bool bale_index_foreach(BaleIndex *index, BaleIndexVisit *visit, void *opaque)
     return bale_index_foreach_range(index, 0, UINT64_MAX, visit, opaque);
 }
 
+/* The entries of the buckets from @first on. */
+static void table_values(Table *t, uint64_t first, BaleIndexVisitValue *visit,
+                         void *opaque)
+{
+    for (uint64_t i = first; i < t->bucket_count; i++) {
+        Bucket *b = &t->buckets[i];
+
+        do {
+            for (unsigned s = 0; s < BUCKET_SLOTS; s++) {
+                uint64_t word = atomic_load_explicit(&b->slot[s],
+                                                     memory_order_relaxed);
+
+                if (entry_live(word)) {
+                    visit(word & VALUE_MASK, opaque);
+                }
+            }
+            b = link_target(atomic_load_explicit(&b->link,
+                                                 memory_order_relaxed));
+        } while (b);
+    }
+}
+
+void bale_index_foreach_value(BaleIndex *index, BaleIndexVisitValue *visit,
+                              void *opaque)
+{
+    for (uint64_t i = 0; i < index->segment_count; i++) {
+        Segment *segment = atomic_load(&index->segments[i]);
+
+        if (segment) {
+            Table *t = atomic_load(&segment->table);
+            Table *next = atomic_load(&t->next);
+
+            table_values(t, atomic_load(&t->moved), visit, opaque);
+            if (next) {
+                table_values(next, 0, visit, opaque); /* what was moved */
+            }
+        }
+    }
+}
+
 typedef struct RemoveFrom {
     BaleIndex *index;
     BaleIndexVisit *removed;

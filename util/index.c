@@ -806,6 +806,7 @@ int bale_index_load(BaleIndex *index, uint64_t first_key,
         return -ENOMEM;
     }
     atomic_init(&segment->table, t);
+    bale_index_table_huge(t);
     dense = (index->hash_mask + 1) / LOAD_SPARSE <= keys;
     if (!(dense ? load_by_bucket : load_by_key)(index, t, first_key, values,
                                                 n)) {

@@ -46,12 +46,14 @@ BalePage *bale_page(BaleStore *s, uint64_t page)
 bool bale_address_split(BaleStore *s, uint64_t address, uint64_t *page,
                         uint64_t *offset)
 {
-    if (address < BALE_SUPER_SIZE) {
+    if (address < BALE_SUPER_SIZE || address >= BALE_DEVICE_SIZE_MAX) {
         return false;
     }
     address -= BALE_SUPER_SIZE;
-    *page = address / s->page_size;
-    *offset = address % s->page_size;
+    /* Pages are whole units, and a short division is quick. */
+    *page = (uint32_t)(address / BALE_PAGE_SIZE_UNIT) /
+            (uint32_t)(s->page_size / BALE_PAGE_SIZE_UNIT);
+    *offset = address - *page * s->page_size;
     return *page < s->pages->len;
 }
 

@@ -332,13 +332,12 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
     }
 }
 
-bool bale_recover_count_live(uint64_t cluster, uint64_t value, void *opaque)
+static void apply_count_live(uint64_t value, void *opaque)
 {
     BaleStore *s = opaque;
 
     bale_page_live_add(s, bale_value_address(value),
                        bale_value_live(value, s->cluster_size));
-    return true;
 }
 
 /* The patches of @layer that are left go to the mutable region of its image. */
@@ -448,7 +447,7 @@ int bale_scan_apply(Scan *scan)
         if (ret < 0) {
             return ret;
         }
-        bale_index_foreach(layer->index, bale_recover_count_live, s);
+        bale_index_foreach_value(layer->index, apply_count_live, s);
     }
     bale_page_live_add(s, s->catalogue_address, BALE_RECORD_HEADER_LEN);
     return 0;

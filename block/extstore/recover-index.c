@@ -58,20 +58,11 @@ typedef struct LoadThread {
 /* Does the record of @value begin below the known end of a page?  Which? */
 static bool load_value_known(Checkpoint *c, uint64_t value, uint64_t *page)
 {
-    uint64_t address = bale_value_address(value);
     uint64_t offset;
 
-    if (address < BALE_SUPER_SIZE) {
-        return false;
-    }
-    /* Pages are whole units, and a short division is quick. */
-    *page = (uint32_t)((address - BALE_SUPER_SIZE) / BALE_PAGE_SIZE_UNIT) /
-            (uint32_t)(c->s->page_size / BALE_PAGE_SIZE_UNIT);
-    if (*page >= c->s->pages->len) {
-        return false;
-    }
-    offset = address - page_address(c->s, *page);
-    return offset + BALE_RECORD_HEADER_LEN <= c->limit[*page];
+    return bale_address_split(c->s, bale_value_address(value), page,
+                              &offset) &&
+           offset + BALE_RECORD_HEADER_LEN <= c->limit[*page];
 }
 
 static int load_values(LoadThread *t, const LoadPart *p,

@@ -147,8 +147,6 @@ int bale_scan_record(Scan *scan, uint64_t page, uint64_t offset,
 
 /* recover-apply.c */
 int bale_scan_apply(Scan *scan);
-/* Count an index value as live; a BaleIndexVisit, @opaque is the store. */
-bool bale_recover_count_live(uint64_t cluster, uint64_t value, void *opaque);
 
 /* recover-checkpoint.c */
 /* The state of a clean store. */

@@ -6,7 +6,8 @@
  * The index stores keys exactly: a lookup never has to consult a record.
  *
  * Threads: every function may be called by any number of threads at once,
- * except bale_index_new(), bale_index_free() and bale_index_check().  Each
+ * except bale_index_new(), bale_index_free(), bale_index_foreach_value() and
+ * bale_index_check().  Each
  * operation on one key is linearizable.  Operations enter the epoch
  * themselves; it does not matter whether the caller is inside already.
  * Superseded tables are retired through the epoch: somebody has to call
@@ -133,6 +134,14 @@ bool bale_index_foreach(BaleIndex *index, BaleIndexVisit *visit, void *opaque);
  */
 bool bale_index_foreach_range(BaleIndex *index, uint64_t first_key,
                               uint64_t last_key, BaleIndexVisit *visit,
+                              void *opaque);
+
+/*
+ * Tell @visit every value, in no order, as quickly as memory can be read.
+ * Nobody may be changing the index.
+ */
+typedef void BaleIndexVisitValue(uint64_t value, void *opaque);
+void bale_index_foreach_value(BaleIndex *index, BaleIndexVisitValue *visit,
                               void *opaque);
 
 /*

@@ -66,9 +66,15 @@ static bool model_visit(uint64_t key, uint64_t value, void *opaque)
     return true;
 }
 
+static void add_value(uint64_t value, void *opaque)
+{
+    *(uint64_t *)opaque += value;
+}
+
 static void assert_same(BaleIndex *index, GHashTable *map)
 {
     Model model = { .map = map };
+    uint64_t sum = 0, visited_sum = 0;
     BaleIndexStats stats;
     GHashTableIter iter;
     gpointer k, v;
@@ -84,7 +90,10 @@ static void assert_same(BaleIndex *index, GHashTable *map)
     while (g_hash_table_iter_next(&iter, &k, &v)) {
         g_assert_cmpuint(bale_index_find(index, (uintptr_t)k), ==,
                          (uintptr_t)v);
+        sum += (uintptr_t)v;
     }
+    bale_index_foreach_value(index, add_value, &visited_sum);
+    g_assert_cmpuint(visited_sum, ==, sum);
 }
 
 static void test_update_semantics(void)
