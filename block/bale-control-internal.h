@@ -67,14 +67,15 @@ void bale_control_stop(BlockDriverState *bs);
 void bale_control_close(BaleControl *control);
 
 /*
- * Notices of the engine, from any thread: a line in the log and an event.
- * @filename is that of the store.
+ * Notices of the engine, from any thread: a line in the log, and an event for
+ * each of @node_names, the nodes of the store, which are taken.  @filename is
+ * that of the store.
  */
-void bale_notice_failed(const char *node_name, const char *filename,
+void bale_notice_failed(char **node_names, const char *filename,
                         const char *reason);
-void bale_notice_recovered(const char *node_name, const char *filename);
+void bale_notice_recovered(char **node_names, const char *filename);
 /* @last: no more of them will be told. */
-void bale_notice_damage(const char *node_name, const char *filename,
+void bale_notice_damage(char **node_names, const char *filename,
                         const char *what, bool last);
 
 #endif

@@ -16,7 +16,6 @@
 #include "qemu/cutils.h"
 #include "qemu/option.h"
 #include "qemu/units.h"
-#include "sysemu/block-backend.h"
 
 #include "extstore/store.h"
 
@@ -210,7 +209,6 @@ int coroutine_fn bale_co_create_opts(BlockDriver *drv, const char *filename,
     BaleCreateParams params;
     EngineCreate c = { .options = &params.o };
     BlockDriverState *bs = NULL;
-    BlockBackend *blk = NULL;
     BaleBdrvDevice *dev = NULL;
     const char *path;
     bool created = false, made;
@@ -236,26 +234,18 @@ int coroutine_fn bale_co_create_opts(BlockDriver *drv, const char *filename,
         ret = -EIO;
         goto out;
     }
-    blk = blk_new_with_bs(bs, BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE |
-                          BLK_PERM_RESIZE, BLK_PERM_ALL, errp);
-    if (!blk) {
+    dev = bale_bdrv_device_new(bs, BALE_BDRV_WRITE, errp);
+    if (!dev) {
         ret = -EPERM;
         goto out;
     }
-    dev = bale_bdrv_device_new(NULL, (BdrvChild *)blk_root(blk),
-                               bdrv_get_aio_context(bs), false, errp);
-    if (!dev) {
-        ret = -EINVAL;
-        goto out;
-    }
 
-    c.device = bale_bdrv_device_get(dev);
+    c.device = bale_bdrv_device_open(dev);
     bale_bridge_run(bdrv_get_aio_context(bs), engine_create_blocking, &c);
     ret = c.ok ? 0 : bale_bridge_error(c.err, errp);
 
 out:
     bale_bdrv_device_unref(dev);
-    blk_unref(blk);
     if (ret < 0 && created && bs) {
         bdrv_co_delete_file_noerr(bs);
     }

@@ -32,6 +32,12 @@ BlockDriverState *bale_find_node(const char *node_name, Error **errp);
 /* What @bs, a bale node, keeps for the monitor. */
 BaleControl *bale_bs_control(BlockDriverState *bs);
 
+/* The job on the store of @bs, whichever node it was started on; NULL: none. */
+BaleJob *bale_bs_job(BlockDriverState *bs);
+
+/* The node that shows image @name of the store of @bs; NULL: none. */
+BlockDriverState *bale_bs_of_image(BlockDriverState *bs, const char *name);
+
 /* As reopening @bs, a bale node, with another cache-size does. */
 void bale_bs_set_cache_size(BlockDriverState *bs, uint64_t bytes);
 /* Compression threads; 0: one for each core. */

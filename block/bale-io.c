@@ -19,7 +19,9 @@
 #include "extstore/store.h"
 
 #include "bale-bridge-internal.h"
+#include "bale-internal.h"
 #include "bale-node-internal.h"
+#include "bale-shared-internal.h"
 
 /* Pieces of one read that are under way together; more wait for these. */
 #define READ_PIECES_MAX 32
@@ -143,11 +145,11 @@ static void coroutine_fn change_begin(BlockDriverState *bs)
 
     request_begin(bs);
     if (bale_store_poisoned(s->store)) {
-        qemu_co_mutex_lock(&s->revive_lock);
+        qemu_co_mutex_lock(&s->shared->revive_lock);
         if (bale_store_poisoned(s->store)) {
             bale_bridge_run(NULL, revive_thread, s);
         }
-        qemu_co_mutex_unlock(&s->revive_lock);
+        qemu_co_mutex_unlock(&s->shared->revive_lock);
     }
 }
 
@@ -374,7 +376,7 @@ int coroutine_fn bale_co_flush_to_disk(BlockDriverState *bs)
     BDRVBaleState *s = bs->opaque;
     BaleCoRequest req;
 
-    if (s->read_only) {
+    if (!s->writes) {
         return 0;
     }
     change_begin(bs);

@@ -432,9 +432,9 @@ bool bale_job_start(const char *job_id, BlockDriverState *bs, BaleJobKind kind,
         error_setg(errp, "This program cannot be taught the type of the job");
         return false;
     }
-    if (control->job) {
-        error_setg(errp, "Node '%s' has a job already: '%s'", node,
-                   control->job->common.id);
+    if (bale_bs_job(bs)) {
+        error_setg(errp, "The store of node '%s' has a job already: '%s'",
+                   node, bale_bs_job(bs)->common.id);
         return false;
     }
     if (bs->open_flags & BDRV_O_INACTIVE) {

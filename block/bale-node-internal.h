@@ -10,32 +10,36 @@
 
 #include "qemu/osdep.h"
 #include "block/block_int.h"
-#include "qemu/coroutine.h"
+#include "qemu/queue.h"
 
 #include "extstore/store.h"
 
 #include "bale-control-internal.h"
 #include "bdrv-device-internal.h"
 
+typedef struct BaleShared BaleShared;
+
 typedef struct BDRVBaleState {
+    BlockDriverState *bs;
+
+    /* What it has of an open store (bale-shared.c). */
+    BaleShared *shared;
+    QLIST_ENTRY(BDRVBaleState) next; /* another node of that store */
     BaleStore *store;
     BaleImage *image;
     BaleBdrvDevice *dev;
-    uint32_t cluster_size;
-    bool read_only; /* as the engine was told */
-    bool corrupt;   /* the store was marked so when it was opened */
+    bool writes;        /* the node is active and not read-only */
+    bool reopen_writes; /* it is being reopened, and shall be so */
 
-    /* Runtime options, from bdrv_open() on. */
-    uint64_t cache_size;
-    unsigned workers;
+    /* Never changed while it is open. */
+    uint32_t cluster_size;
+    char *node_name;
     char *image_name; /* IMAGE[@SNAPSHOT]; NULL: the unnamed one */
 
-    /* For notices, which may be told when the node is gone. */
-    char *node_name;
-    char *filename; /* of the file that the store is in */
-    int damage_reports; /* atomic */
-
-    CoMutex revive_lock; /* one attempt at a time */
+    /* Options of the store, as given when this node was opened. */
+    uint64_t cache_size;
+    unsigned workers;
+    bool has_cache_size, has_workers;
 
     BaleControl control;
 } BDRVBaleState;

@@ -277,15 +277,16 @@ void coroutine_fn qmp_bale_image_rollback(const char *node_name,
     BlockDriverState *bs = bale_find_node(node_name, errp);
     ImageRun run = { .fn = run_rollback, .image = image,
                      .snapshot = snapshot };
-    g_autofree BaleImageInfo *own = g_new0(BaleImageInfo, 1);
+    BlockDriverState *other;
 
     if (!bs) {
         return;
     }
     /* Requests may be under way, and the block layer knows its size. */
-    bale_image_get_info(bale_bs_image(bs), own);
-    if (!strcmp(own->name, image)) {
-        error_setg(errp, "Image '%s' is open in node '%s'", image, node_name);
+    other = bale_bs_of_image(bs, image);
+    if (other) {
+        error_setg(errp, "Image '%s' is open in node '%s'", image,
+                   bdrv_get_node_name(other));
         return;
     }
     image_run(node_name, &run, true, errp);

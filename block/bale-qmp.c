@@ -313,7 +313,7 @@ void coroutine_fn qmp_bale_checkpoint(const char *node_name, Error **errp)
     if (!bs) {
         return;
     }
-    job = bale_bs_control(bs)->job;
+    job = bale_bs_job(bs);
     if (bdrv_is_read_only(bs) || (bs->open_flags & BDRV_O_INACTIVE)) {
         error_setg(errp, "Node '%s' is %s", node_name,
                    bdrv_is_read_only(bs) ? "read-only" : "inactive");
@@ -325,8 +325,8 @@ void coroutine_fn qmp_bale_checkpoint(const char *node_name, Error **errp)
          * which a compaction by command keeps back; and while a command waits,
          * no other could cancel the job.
          */
-        error_setg(errp, "Node '%s' has a job that compacts: '%s'", node_name,
-                   bale_job_id(job));
+        error_setg(errp, "The store of node '%s' has a job that compacts: '%s'",
+                   node_name, bale_job_id(job));
         return;
     }
     old_ctx = bdrv_co_enter(bs);

@@ -3,21 +3,17 @@
  * `file` child like qcow2 or qed.
  *
  * The engine (extstore/store.h) does the work, the driver translates.  This
- * file has the life of a node: options, open, close, reopen, and notices.
- * bale-io.c has the requests, bale-change.c what is done to an image as a
- * whole, bale-create.c creates, bridge.c has the waiting, bdrv-device.c the
- * transfers to the `file` child.
+ * file has the life of a node: options, open, close, reopen.  bale-shared.c has
+ * the stores, each with its nodes, bale-io.c the requests, bale-change.c what
+ * is done to an image as a whole, bale-create.c creates, bridge.c has the
+ * waiting, bdrv-device.c the transfers to the `file` node.
  *
  * Invariants
- * 1. s->store, s->image and s->dev are all set or all NULL; they change only in
- *    open, close, inactivate and invalidate, when no request is under way.
- * 2. While the node is inactive or read-only the engine is read-only.
- * 3. An image's length in QEMU is its size rounded up to a sector; the engine
+ * 1. An image's length in QEMU is its size rounded up to a sector; the engine
  *    is never asked for bytes past its size.
+ * Those about the store are in bale-shared.c.
  *
- * Threads: a driver's callbacks, under QEMU's rules.  The engine's callbacks
- * (backing reads, completions, notices) come from any thread and go through a
- * bottom half before they touch anything of QEMU's.
+ * Threads: a driver's callbacks, under QEMU's rules.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -38,14 +34,12 @@
 #include "bale-driver-internal.h"
 #include "bale-internal.h"
 #include "bale-node-internal.h"
+#include "bale-shared-internal.h"
 #include "bdrv-device-internal.h"
 
 #define BALE_OPT_CACHE_SIZE          "cache-size"
 #define BALE_OPT_COMPRESSION_THREADS "compression-threads"
 #define BALE_OPT_IMAGE               "image"
-
-/* Reports of damage that one open node makes before it falls silent. */
-#define DAMAGE_REPORTS_MAX 16
 
 BaleStore *bale_bs_store(BlockDriverState *bs)
 {
@@ -71,26 +65,6 @@ BaleControl *bale_bs_control(BlockDriverState *bs)
     return &s->control;
 }
 
-void bale_bs_set_cache_size(BlockDriverState *bs, uint64_t bytes)
-{
-    BDRVBaleState *s = bs->opaque;
-
-    s->cache_size = bytes;
-    bale_store_set_cache_size(s->store, bytes);
-}
-
-int bale_bs_set_workers(BlockDriverState *bs, unsigned workers, Error **errp)
-{
-    BDRVBaleState *s = bs->opaque;
-    GError *err = NULL;
-
-    if (!bale_store_set_workers(s->store, workers, &err)) {
-        return bale_bridge_error(err, errp);
-    }
-    s->workers = workers;
-    return 0;
-}
-
 void bale_bs_busy_begin(BlockDriverState *bs)
 {
     BDRVBaleState *s = bs->opaque;
@@ -108,37 +82,6 @@ void bale_bs_busy_end(BlockDriverState *bs)
 }
 
 /*
- * --- Notices of the engine
- */
-
-static void notice_failed(void *opaque, const char *reason)
-{
-    BDRVBaleState *s = opaque;
-
-    bale_notice_failed(s->node_name, s->filename, reason);
-}
-
-static void notice_revived(void *opaque)
-{
-    BDRVBaleState *s = opaque;
-
-    bale_notice_recovered(s->node_name, s->filename);
-}
-
-static void notice_damage(void *opaque, const char *what)
-{
-    BDRVBaleState *s = opaque;
-    int nr = qatomic_fetch_inc(&s->damage_reports);
-
-    if (nr < DAMAGE_REPORTS_MAX) {
-        bale_notice_damage(s->node_name, s->filename, what,
-                           nr == DAMAGE_REPORTS_MAX - 1);
-    } else {
-        qatomic_dec(&s->damage_reports);
-    }
-}
-
-/*
  * --- Blocking functions of the engine
  */
 
@@ -150,154 +93,6 @@ void bale_bs_run(BlockDriverState *bs, BaleBlockingFunc *fn, void *opaque)
     bale_bdrv_device_busy_begin(dev);
     bale_bridge_run(bdrv_get_aio_context(bs), fn, opaque);
     bale_bdrv_device_busy_end(dev);
-}
-
-typedef struct EngineOpen {
-    BaleDevice *device;
-    const char *image_name;
-    BaleOpenOptions options;
-    BaleStore *store;
-    BaleImage *image;
-    BaleStoreInfo info;
-    BaleImageInfo image_info;
-    GError *err;
-} EngineOpen;
-
-static void engine_open_blocking(void *opaque)
-{
-    EngineOpen *o = opaque;
-
-    o->store = bale_store_open(o->device, &o->options, &o->err);
-    if (!o->store) {
-        bale_device_close(o->device);
-        return;
-    }
-    o->image = bale_image_open(o->store, o->image_name, &o->err);
-    if (!o->image) {
-        bale_store_close(o->store, NULL);
-        o->store = NULL;
-        return;
-    }
-    bale_store_get_info(o->store, &o->info);
-    bale_image_get_info(o->image, &o->image_info);
-}
-
-/*
- * Open the store in bs->file.  On success s->store, s->image and s->dev are
- * set and *@info, if not NULL, describes the image.
- */
-static int engine_open(BlockDriverState *bs, bool read_only,
-                       BaleImageInfo *info, Error **errp)
-{
-    BDRVBaleState *s = bs->opaque;
-    EngineOpen o = {
-        .options = {
-            .read_only = read_only,
-            .repair = bs->open_flags & BDRV_O_CHECK,
-            .workers = s->workers,
-            .cache_size = s->cache_size,
-            .failed = notice_failed,
-            .revived = notice_revived,
-            .damage = notice_damage,
-            .notify_opaque = s,
-        },
-    };
-
-    assert(!s->store);
-    s->dev = bale_bdrv_device_new(bs, NULL, bdrv_get_aio_context(bs),
-                                  read_only, errp);
-    if (!s->dev) {
-        return -EINVAL;
-    }
-    o.device = bale_bdrv_device_get(s->dev);
-    o.image_name = s->image_name;
-
-    bale_bs_run(bs, engine_open_blocking, &o);
-    if (!o.store) {
-        bale_bdrv_device_unref(s->dev);
-        s->dev = NULL;
-        return bale_bridge_error(o.err, errp);
-    }
-
-    s->store = o.store;
-    s->image = o.image;
-    s->cluster_size = o.image_info.cluster_size;
-    s->read_only = read_only;
-    s->corrupt = o.info.corrupt;
-    qatomic_set(&s->damage_reports, 0);
-    qemu_co_mutex_init(&s->revive_lock);
-    bale_bs_set_backing(bs);
-    if (info) {
-        *info = o.image_info;
-    }
-    return 0;
-}
-
-typedef struct EngineClose {
-    BaleStore *store;
-    BaleImage *image;
-    GError *err;
-    bool ok;
-} EngineClose;
-
-static void engine_close_blocking(void *opaque)
-{
-    EngineClose *c = opaque;
-
-    bale_image_close(c->image);
-    c->ok = bale_store_close(c->store, &c->err);
-}
-
-static int engine_close(BlockDriverState *bs, Error **errp)
-{
-    BDRVBaleState *s = bs->opaque;
-    EngineClose c = { .store = s->store, .image = s->image };
-
-    if (!s->store) {
-        return 0;
-    }
-    bale_bs_run(bs, engine_close_blocking, &c);
-    s->store = NULL;
-    s->image = NULL;
-    bale_bdrv_device_unref(s->dev);
-    s->dev = NULL;
-    return c.ok ? 0 : bale_bridge_error(c.err, errp);
-}
-
-typedef struct EngineReadOnly {
-    BaleStore *store;
-    GError *err;
-    bool read_only;
-    bool ok;
-} EngineReadOnly;
-
-static void engine_read_only_blocking(void *opaque)
-{
-    EngineReadOnly *r = opaque;
-
-    r->ok = bale_store_set_read_only(r->store, r->read_only, &r->err);
-}
-
-static int engine_set_read_only(BlockDriverState *bs, bool read_only,
-                                Error **errp)
-{
-    BDRVBaleState *s = bs->opaque;
-    EngineReadOnly r = { .store = s->store, .read_only = read_only };
-
-    if (s->read_only == read_only) {
-        return 0;
-    }
-    if (!read_only) {
-        bale_bdrv_device_set_read_only(s->dev, false);
-    }
-    bale_bs_run(bs, engine_read_only_blocking, &r);
-    if (!r.ok) {
-        bale_bdrv_device_set_read_only(s->dev, s->read_only);
-        return bale_bridge_error(r.err, errp);
-    }
-    s->read_only = read_only;
-    bale_bdrv_device_set_read_only(s->dev, read_only);
-    return 0;
 }
 
 /*
@@ -354,6 +149,8 @@ static int bale_read_options(BDRVBaleState *s, QDict *options, Error **errp)
         !read_workers(opts, &s->workers, errp)) {
         goto out;
     }
+    s->has_workers = qemu_opt_find(opts, BALE_OPT_COMPRESSION_THREADS);
+    s->has_cache_size = qemu_opt_find(opts, BALE_OPT_CACHE_SIZE);
     s->cache_size = qemu_opt_get_size(opts, BALE_OPT_CACHE_SIZE,
                                       BALE_CACHE_SIZE_DEFAULT);
     s->image_name = g_strdup(qemu_opt_get(opts, BALE_OPT_IMAGE));
@@ -382,6 +179,12 @@ static void bale_use_backing_names(BlockDriverState *bs,
     }
 }
 
+/* Does an open node with these flags write to its store? */
+static bool writes_with(int flags)
+{
+    return (flags & BDRV_O_RDWR) && !(flags & BDRV_O_INACTIVE);
+}
+
 static int bale_open(BlockDriverState *bs, QDict *options, int flags,
                      Error **errp)
 {
@@ -399,20 +202,19 @@ static int bale_open(BlockDriverState *bs, QDict *options, int flags,
     }
 
     s->node_name = g_strdup(bdrv_get_node_name(bs));
-    s->filename = g_strdup(bs->file->bs->filename[0] ?
-                           bs->file->bs->filename : s->node_name);
-    ret = engine_open(bs, !(flags & BDRV_O_RDWR) || (flags & BDRV_O_INACTIVE),
-                      &info, errp);
+    ret = bale_shared_open(bs, writes_with(flags), &info, errp);
     if (ret == 0 && info.read_only && (flags & BDRV_O_RDWR)) {
         ret = bdrv_apply_auto_read_only(bs, "The image can only be read",
                                         errp);
+        if (ret == 0) {
+            ret = bale_shared_set_writes(bs, false, errp);
+        }
         if (ret < 0) {
-            engine_close(bs, NULL);
+            bale_shared_close(bs, NULL);
         }
     }
     if (ret < 0) {
         g_free(s->node_name);
-        g_free(s->filename);
         g_free(s->image_name);
         return ret;
     }
@@ -432,12 +234,11 @@ static void bale_close(BlockDriverState *bs)
     Error *err = NULL;
 
     bale_control_close(&s->control);
-    if (engine_close(bs, &err) < 0) {
-        error_reportf_err(err, "bale: '%s': closing: ", s->filename);
+    if (bale_shared_close(bs, &err) < 0) {
+        error_reportf_err(err, "bale: '%s': closing: ", s->node_name);
     }
     g_free(s->image_name);
     g_free(s->node_name);
-    g_free(s->filename);
 }
 
 static int bale_inactivate(BlockDriverState *bs)
@@ -446,11 +247,10 @@ static int bale_inactivate(BlockDriverState *bs)
     int ret;
 
     bale_control_stop(bs);
-    ret = engine_set_read_only(bs, true, &err);
+    ret = bale_shared_set_writes(bs, false, &err);
     if (ret < 0) {
-        BDRVBaleState *s = bs->opaque;
-
-        error_reportf_err(err, "bale: '%s': handing it over: ", s->filename);
+        error_reportf_err(err, "bale: '%s': handing it over: ",
+                          bdrv_get_node_name(bs));
     }
     return ret;
 }
@@ -459,21 +259,12 @@ static int bale_inactivate(BlockDriverState *bs)
 static void coroutine_fn bale_co_invalidate_cache(BlockDriverState *bs,
                                                   Error **errp)
 {
-    BaleImageInfo info;
-    int ret = engine_close(bs, errp);
+    BDRVBaleState *s = bs->opaque;
 
-    if (ret < 0) {
-        return;
+    if (bale_shared_co_invalidate(bs, writes_with(bs->open_flags), errp) == 0) {
+        bs->total_sectors = DIV_ROUND_UP(bale_image_size(s->image),
+                                         BDRV_SECTOR_SIZE);
     }
-    ret = engine_open(bs, !(bs->open_flags & BDRV_O_RDWR), &info, errp);
-    if (ret < 0) {
-        error_prepend(errp, "Could not reopen the store: ");
-        /* Like qcow2: a node that cannot be used answers no more requests. */
-        bale_control_close(bale_bs_control(bs));
-        bs->drv = NULL;
-        return;
-    }
-    bs->total_sectors = DIV_ROUND_UP(info.size, BDRV_SECTOR_SIZE);
 }
 
 /* Those of the runtime options that can change while the store is open. */
@@ -504,6 +295,7 @@ static const char *const bale_mutable_opts[] = {
 typedef struct BaleReopen {
     uint64_t cache_size;
     unsigned workers;
+    bool has_cache_size, has_workers;
 } BaleReopen;
 
 static int bale_reopen_prepare(BDRVReopenState *state,
@@ -521,18 +313,19 @@ static int bale_reopen_prepare(BDRVReopenState *state,
         ret = -EINVAL;
         goto out;
     }
+    r->has_workers = qemu_opt_find(opts, BALE_OPT_COMPRESSION_THREADS);
+    r->has_cache_size = qemu_opt_find(opts, BALE_OPT_CACHE_SIZE);
     r->cache_size = qemu_opt_get_size(opts, BALE_OPT_CACHE_SIZE,
                                       BALE_CACHE_SIZE_DEFAULT);
-    if (!(state->flags & (BDRV_O_RDWR | BDRV_O_INACTIVE))) {
-        if (job && bale_job_writes(job)) {
-            error_setg(errp, "Node '%s' has a job that writes: '%s'",
-                       bdrv_get_node_name(bs), bale_job_id(job));
-            ret = -EBUSY;
-            goto out;
-        }
-        /* Make it durable and clean while the child may be written to. */
-        ret = engine_set_read_only(bs, true, errp);
+    if (!(state->flags & (BDRV_O_RDWR | BDRV_O_INACTIVE)) && job &&
+        bale_job_writes(job)) {
+        error_setg(errp, "Node '%s' has a job that writes: '%s'",
+                   bdrv_get_node_name(bs), bale_job_id(job));
+        ret = -EBUSY;
+        goto out;
     }
+    ret = bale_shared_reopen_prepare(bs, state->options,
+                                     writes_with(state->flags), errp);
 
 out:
     qemu_opts_del(opts);
@@ -543,79 +336,37 @@ out:
     return ret;
 }
 
-static void bale_reopen_sync(BlockDriverState *bs, int flags)
-{
-    Error *err = NULL;
-    bool read_only = !(flags & BDRV_O_RDWR) || (flags & BDRV_O_INACTIVE);
-
-    if (engine_set_read_only(bs, read_only, &err) < 0) {
-        BDRVBaleState *s = bs->opaque;
-
-        error_reportf_err(err, "bale: '%s': reopening: ", s->filename);
-    }
-}
-
 static void bale_reopen_commit(BDRVReopenState *state)
 {
     BDRVBaleState *s = state->bs->opaque;
     BaleReopen *r = state->opaque;
+    bool alone = QLIST_FIRST(&s->shared->nodes) == s && !QLIST_NEXT(s, next);
 
-    if (r->cache_size != s->cache_size) {
-        s->cache_size = r->cache_size;
-        bale_store_set_cache_size(s->store, r->cache_size);
+    /* What is left out means the default, but not to other nodes. */
+    if (r->cache_size != s->shared->cache_size &&
+        (r->has_cache_size || alone)) {
+        bale_bs_set_cache_size(state->bs, r->cache_size);
     }
-    if (r->workers != s->workers) {
+    if (r->workers != s->shared->workers && (r->has_workers || alone)) {
         Error *err = NULL;
 
         if (bale_bs_set_workers(state->bs, r->workers, &err) < 0) {
-            error_reportf_err(err, "bale: '%s': ", s->filename);
+            error_reportf_err(err, "bale: '%s': ", s->node_name);
         }
     }
     g_clear_pointer(&state->opaque, g_free);
-    bale_reopen_sync(state->bs, state->flags);
+}
+
+/* Permissions can be changed only now. */
+static void bale_reopen_commit_post(BDRVReopenState *state)
+{
+    bale_shared_reopen_end(state->bs, writes_with(state->flags));
 }
 
 static void bale_reopen_abort(BDRVReopenState *state)
 {
     g_clear_pointer(&state->opaque, g_free);
-    bale_reopen_sync(state->bs, state->bs->open_flags);
-}
-
-/*
- * --- Drain and AioContext
- */
-
-static void coroutine_fn bale_co_drain_begin(BlockDriverState *bs)
-{
-    BDRVBaleState *s = bs->opaque;
-
-    if (s->dev) {
-        bale_bdrv_device_drain_begin(s->dev);
-    }
-}
-
-static void coroutine_fn bale_co_drain_end(BlockDriverState *bs)
-{
-    BDRVBaleState *s = bs->opaque;
-
-    if (s->dev) {
-        bale_bdrv_device_drain_end(s->dev);
-    }
-}
-
-static void bale_detach_aio_context(BlockDriverState *bs)
-{
-    BDRVBaleState *s = bs->opaque;
-
-    bale_bdrv_device_detach(s->dev);
-}
-
-static void bale_attach_aio_context(BlockDriverState *bs,
-                                    AioContext *new_context)
-{
-    BDRVBaleState *s = bs->opaque;
-
-    bale_bdrv_device_attach(s->dev, new_context);
+    bale_shared_reopen_end(state->bs, writes_with(state->bs->open_flags));
 }
 
 /*
@@ -643,7 +394,7 @@ static int bale_get_info(BlockDriverState *bs, BlockDriverInfo *bdi)
     BDRVBaleState *s = bs->opaque;
 
     bdi->cluster_size = s->cluster_size;
-    bdi->is_dirty = s->corrupt;
+    bdi->is_dirty = s->shared->corrupt;
     return 0;
 }
 
@@ -666,12 +417,13 @@ static BlockDriver bdrv_bale = {
     .bdrv_probe                      = bale_probe,
     .bdrv_open                       = bale_open,
     .bdrv_close                      = bale_close,
-    .bdrv_child_perm                 = bdrv_default_perms,
+    .bdrv_child_perm                 = bale_child_perm,
     .bdrv_inactivate                 = bale_inactivate,
     .bdrv_co_invalidate_cache        = bale_co_invalidate_cache,
     .mutable_opts                    = bale_mutable_opts,
     .bdrv_reopen_prepare             = bale_reopen_prepare,
     .bdrv_reopen_commit              = bale_reopen_commit,
+    .bdrv_reopen_commit_post         = bale_reopen_commit_post,
     .bdrv_reopen_abort               = bale_reopen_abort,
 
     .bdrv_co_preadv_part             = bale_co_preadv_part,
@@ -686,11 +438,6 @@ static BlockDriver bdrv_bale = {
 #endif
     .bdrv_co_flush_to_disk           = bale_co_flush_to_disk,
     .bdrv_co_block_status            = bale_co_block_status,
-
-    .bdrv_co_drain_begin             = bale_co_drain_begin,
-    .bdrv_co_drain_end               = bale_co_drain_end,
-    .bdrv_detach_aio_context         = bale_detach_aio_context,
-    .bdrv_attach_aio_context         = bale_attach_aio_context,
 
     .bdrv_getlength                  = bale_getlength,
     .bdrv_refresh_limits             = bale_refresh_limits,

@@ -1,6 +1,11 @@
 /*
  * The device "bdrv": a store on a QEMU block node, usually the `file` child of
- * a bale node, so that every protocol that QEMU knows can hold a store.
+ * bale nodes, so that every protocol that QEMU knows can hold a store.
+ *
+ * The device is a parent of that node in its own right: it has a child (in the
+ * graph's sense) with permissions, which is drained and moved to other
+ * AioContexts like any other.  The bale nodes whose images are in the store,
+ * its owners, may come and go meanwhile.
  *
  * The engine calls from its own threads; block nodes are used from coroutines
  * in their AioContext.  Each call is queued, and one bottom half in that
@@ -10,14 +15,15 @@
  *
  * Invariants
  * 1. A call is on the queue, or has a coroutine, until its completion runs.
- * 2. A coroutine is only started in the AioContext that the device is attached
- *    to, with that context acquired; a bottom half that finds itself elsewhere
- *    does nothing, since attaching schedules another.
- * 3. Running coroutines count as requests of the owner (bs->in_flight), so that
- *    a drained section begins only after them.
- * 4. In a drained section calls stay on the queue, unless the owner itself has
+ * 2. A coroutine is only started in the AioContext of the device, with that
+ *    context acquired; a bottom half that finds itself elsewhere does nothing,
+ *    since a change of the context schedules another.
+ * 3. A drained section of the child begins only after the coroutines that run
+ *    (drained_poll).
+ * 4. In a drained section calls stay on the queue, unless an owner itself has
  *    requests under way or is in a blocking function of the engine.  (The first
- *    is true while QEMU waits for a drain, so nothing waits for itself.)
+ *    is true while QEMU waits for a drain, so nothing waits for itself: owners
+ *    are parents of the same node, and drained with it.)
  * 5. Nothing of the device is touched after a completion was called: it may be
  *    what the engine waited for before it destroyed the device.
  *
@@ -29,12 +35,14 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
 #include "qemu/osdep.h"
+#include "block/aio-wait.h"
 #include "block/block_int.h"
 #include "qapi/error.h"
 #include "qemu/coroutine.h"
 #include "qemu/queue.h"
 #include "qemu/thread.h"
 #include "qemu/timer.h"
+#include "qemu/transactions.h"
 
 #include "bdrv-device-internal.h"
 
@@ -67,16 +75,21 @@ struct BaleBdrvDevice {
     BaleDevice base;
 
     /* Never changed after creation. */
-    BlockDriverState *owner; /* NULL while a store is created */
-    BdrvChild *child;        /* used only without an owner */
+    BdrvChild *child;        /* its node may change */
     uint32_t block_size;
     bool fixed_size;
+
+    /* Of the main thread. */
+    BaleBdrvAccess access;
+    BaleBdrvActivated *activated; /* NULL: nobody wants to know */
+    void *activated_opaque;
 
     int refs; /* atomic */
 
     QemuMutex lock;
     /* Under the lock. */
-    AioContext *ctx; /* NULL: detached */
+    AioContext *ctx; /* NULL: the driver has no use for it any more */
+    GPtrArray *owners; /* BlockDriverState; empty while a store is created */
     QSIMPLEQ_HEAD(, DeviceOp) queue;
     bool scheduled;  /* a bottom half is on its way in ctx */
     bool read_only;
@@ -98,11 +111,6 @@ static BaleDeviceIo *op_io(DeviceOp *op)
     return container_of((void *)op, BaleDeviceIo, priv);
 }
 
-static BdrvChild *device_child(BaleBdrvDevice *d)
-{
-    return d->owner ? d->owner->file : d->child;
-}
-
 static void device_ref(BaleBdrvDevice *d)
 {
     qatomic_inc(&d->refs);
@@ -112,6 +120,7 @@ static void device_unref(BaleBdrvDevice *d)
 {
     if (qatomic_fetch_dec(&d->refs) == 1) {
         assert(QSIMPLEQ_EMPTY(&d->queue));
+        g_ptr_array_unref(d->owners);
         qemu_mutex_destroy(&d->lock);
         g_free(d);
     }
@@ -173,11 +182,11 @@ static int coroutine_fn device_co_discard(BdrvChild *child, uint64_t offset,
 static int coroutine_fn device_co_run(BaleBdrvDevice *d, DeviceOpKind kind,
                                       BaleDeviceIo *io)
 {
-    BdrvChild *child = device_child(d);
+    BdrvChild *child = d->child;
     QEMUIOVector qiov;
     int ret;
 
-    if (!child || !child->bs->drv) {
+    if (!child->bs->drv) {
         return -ENOMEDIUM;
     }
     if (kind != DEVICE_GET) {
@@ -268,7 +277,6 @@ static void coroutine_fn device_co_entry(void *opaque)
     DeviceOp *op = opaque;
     BaleBdrvDevice *d = op->dev;
     BaleDeviceIo *io = op_io(op);
-    BlockDriverState *owner = d->owner;
     int64_t end, now;
     int ret = device_co_run(d, op->kind, io);
 
@@ -288,9 +296,8 @@ static void coroutine_fn device_co_entry(void *opaque)
     device_account_locked(d, op->kind, io->len, ret, now - op->start_ns);
     d->in_flight--;
     qemu_mutex_unlock(&d->lock);
-    if (owner) {
-        bdrv_dec_in_flight(owner);
-    }
+    /* Somebody may wait in a drain for us. */
+    aio_wait_kick();
     io->done(io, ret);
 }
 
@@ -299,8 +306,17 @@ static void coroutine_fn device_co_entry(void *opaque)
 /* True while the calls on the queue are to wait (invariant 4). */
 static bool device_held_locked(BaleBdrvDevice *d)
 {
-    return d->drained && !d->busy && d->owner &&
-        qatomic_read(&d->owner->in_flight) <= d->in_flight;
+    if (!d->drained || d->busy) {
+        return false;
+    }
+    for (guint i = 0; i < d->owners->len; i++) {
+        BlockDriverState *owner = g_ptr_array_index(d->owners, i);
+
+        if (qatomic_read(&owner->in_flight) > 0) {
+            return false;
+        }
+    }
+    return d->owners->len > 0;
 }
 
 /* Is the caller a coroutine of the AioContext that calls run in? */
@@ -325,9 +341,6 @@ static void device_bh(void *opaque)
             QSIMPLEQ_REMOVE_HEAD(&d->queue, next);
             d->queued--;
             d->in_flight++;
-            if (d->owner) {
-                bdrv_inc_in_flight(d->owner);
-            }
             qemu_mutex_unlock(&d->lock);
             qemu_coroutine_enter(qemu_coroutine_create(device_co_entry, op));
             qemu_mutex_lock(&d->lock);
@@ -361,9 +374,6 @@ static void device_submit(BaleBdrvDevice *d, BaleDeviceIo *io,
         AioContext *ctx = d->ctx;
 
         d->in_flight++;
-        if (d->owner) {
-            bdrv_inc_in_flight(d->owner);
-        }
         qemu_mutex_unlock(&d->lock);
         /* Runs when the coroutine that we are in yields or ends. */
         aio_co_enter(ctx, qemu_coroutine_create(device_co_entry, op));
@@ -516,57 +526,191 @@ static const BaleDeviceOps device_ops = {
     .command = device_command,
 };
 
+/* --- as a parent of the node --- */
+
+static char *child_get_parent_desc(BdrvChild *child)
+{
+    BaleBdrvDevice *d = child->opaque;
+    BlockDriverState *owner =
+        d->owners->len ? g_ptr_array_index(d->owners, 0) : NULL;
+
+    return owner ? g_strdup_printf("node '%s'", bdrv_get_node_name(owner))
+                 : g_strdup("a bale store");
+}
+
+static void child_drained_begin(BdrvChild *child)
+{
+    BaleBdrvDevice *d = child->opaque;
+
+    QEMU_LOCK_GUARD(&d->lock);
+    d->drained++;
+}
+
+static bool child_drained_poll(BdrvChild *child)
+{
+    BaleBdrvDevice *d = child->opaque;
+
+    QEMU_LOCK_GUARD(&d->lock);
+    return d->in_flight > 0;
+}
+
+static void child_drained_end(BdrvChild *child, int *drained_end_counter)
+{
+    BaleBdrvDevice *d = child->opaque;
+
+    QEMU_LOCK_GUARD(&d->lock);
+    assert(d->drained > 0);
+    d->drained--;
+    device_schedule_locked(d);
+}
+
+static void child_activate(BdrvChild *child, Error **errp)
+{
+    BaleBdrvDevice *d = child->opaque;
+
+    if (d->activated) {
+        d->activated(d->activated_opaque, true, errp);
+    }
+}
+
+static int child_inactivate(BdrvChild *child)
+{
+    BaleBdrvDevice *d = child->opaque;
+
+    return d->activated ? d->activated(d->activated_opaque, false, NULL) : 0;
+}
+
+static AioContext *child_get_parent_aio_context(BdrvChild *child)
+{
+    BaleBdrvDevice *d = child->opaque;
+
+    return d->ctx; /* changes in the main thread only */
+}
+
+typedef struct ChangeContext {
+    BaleBdrvDevice *dev;
+    AioContext *ctx;
+} ChangeContext;
+
+static void change_context_commit(void *opaque)
+{
+    ChangeContext *c = opaque;
+    BaleBdrvDevice *d = c->dev;
+
+    QEMU_LOCK_GUARD(&d->lock);
+    assert(d->in_flight == 0);
+    d->ctx = c->ctx;
+    d->scheduled = false;
+    device_schedule_locked(d);
+}
+
+static TransactionActionDrv change_context_drv = {
+    .commit = change_context_commit,
+    .clean = g_free,
+};
+
+static bool child_change_aio_ctx(BdrvChild *child, AioContext *ctx,
+                                 GHashTable *visited, Transaction *tran,
+                                 Error **errp)
+{
+    ChangeContext *c = g_new(ChangeContext, 1);
+
+    *c = (ChangeContext){ .dev = child->opaque, .ctx = ctx };
+    tran_add(tran, &change_context_drv, c);
+    return true;
+}
+
+static const BdrvChildClass child_of_store = {
+    .get_parent_desc = child_get_parent_desc,
+    .drained_begin = child_drained_begin,
+    .drained_poll = child_drained_poll,
+    .drained_end = child_drained_end,
+    .activate = child_activate,
+    .inactivate = child_inactivate,
+    .get_parent_aio_context = child_get_parent_aio_context,
+    .change_aio_ctx = child_change_aio_ctx,
+};
+
 /* --- for the driver --- */
 
 /* The node under filters that decides whether a child can grow. */
-static bool child_has_fixed_size(BdrvChild *child)
+static bool file_has_fixed_size(BlockDriverState *file)
 {
-    BlockDriverState *bs = bdrv_skip_filters(child->bs);
+    BlockDriverState *bs = bdrv_skip_filters(file);
 
     return bs->drv && bs->drv->protocol_name &&
         !strcmp(bs->drv->protocol_name, "host_device");
 }
 
-BaleBdrvDevice *bale_bdrv_device_new(BlockDriverState *owner, BdrvChild *child,
-                                     AioContext *ctx, bool read_only,
-                                     Error **errp)
+static void access_perms(BaleBdrvAccess access, BlockDriverState *file,
+                         uint64_t *perm, uint64_t *shared)
 {
-    BdrvChild *c = owner ? owner->file : child;
-    uint32_t align = c->bs->bl.request_alignment;
-    int64_t size = bdrv_getlength(c->bs);
+    *perm = *shared = 0;
+    if (!(file->open_flags & BDRV_O_NO_IO)) {
+        *perm = BLK_PERM_CONSISTENT_READ;
+    }
+    if (access == BALE_BDRV_WRITE || access == BALE_BDRV_WRITE_SHARED) {
+        *perm |= BLK_PERM_WRITE | BLK_PERM_RESIZE;
+    }
+    *shared = BLK_PERM_ALL;
+    if ((access == BALE_BDRV_WRITE || access == BALE_BDRV_READ) &&
+        !file->force_share) {
+        *shared &= ~(BLK_PERM_WRITE | BLK_PERM_RESIZE);
+    }
+}
+
+BaleBdrvDevice *bale_bdrv_device_new(BlockDriverState *file,
+                                     BaleBdrvAccess access, Error **errp)
+{
+    uint32_t align = file->bl.request_alignment;
+    int64_t size = bdrv_getlength(file);
+    uint64_t perm, shared;
     BaleBdrvDevice *d;
 
     if (size < 0) {
         error_setg_errno(errp, -size, "Could not get the size of '%s'",
-                         bdrv_get_device_or_node_name(c->bs));
+                         bdrv_get_device_or_node_name(file));
         return NULL;
     }
     if (align > DEVICE_BLOCK_SIZE_MAX) {
         error_setg(errp, "Node '%s' has blocks of %" PRIu32 " bytes, more than "
                    "the %u that a store can be on",
-                   bdrv_get_device_or_node_name(c->bs), align,
+                   bdrv_get_device_or_node_name(file), align,
                    DEVICE_BLOCK_SIZE_MAX);
         return NULL;
     }
 
     d = g_new0(BaleBdrvDevice, 1);
     d->base.ops = &device_ops;
-    d->owner = owner;
-    d->child = child;
+    d->owners = g_ptr_array_new();
     d->block_size = MAX(align, DEVICE_BLOCK_SIZE_MIN);
-    d->fixed_size = child_has_fixed_size(c);
-    d->refs = 2; /* the driver's and the engine's */
+    d->fixed_size = file_has_fixed_size(file);
+    d->access = access;
+    d->refs = 1;
     qemu_mutex_init(&d->lock);
-    d->ctx = ctx;
+    d->ctx = bdrv_get_aio_context(file);
     QSIMPLEQ_INIT(&d->queue);
-    d->read_only = read_only;
-    d->drained = owner ? owner->quiesce_counter : 0;
+    d->read_only = access != BALE_BDRV_WRITE;
     d->size = size;
+
+    access_perms(access, file, &perm, &shared);
+    bdrv_ref(file);
+    d->child = bdrv_root_attach_child(file, "file", &child_of_store,
+                                      BDRV_CHILD_IMAGE, perm, shared, d, errp);
+    if (!d->child) {
+        device_unref(d);
+        return NULL;
+    }
     return d;
 }
 
-BaleDevice *bale_bdrv_device_get(BaleBdrvDevice *d)
+BaleDevice *bale_bdrv_device_open(BaleBdrvDevice *d)
 {
+    int64_t size = bdrv_getlength(d->child->bs);
+
+    device_ref(d);
+    QEMU_LOCK_GUARD(&d->lock);
+    d->size = MAX(size, 0);
     return &d->base;
 }
 
@@ -575,46 +719,74 @@ void bale_bdrv_device_unref(BaleBdrvDevice *d)
     if (!d) {
         return;
     }
-    /* A late bottom half must not look at the owner. */
-    bale_bdrv_device_detach(d);
+    bdrv_root_unref_child(d->child);
+    /* A late bottom half must find nothing to do. */
+    WITH_QEMU_LOCK_GUARD(&d->lock) {
+        assert(d->in_flight == 0);
+        d->ctx = NULL;
+    }
     device_unref(d);
+}
+
+BlockDriverState *bale_bdrv_device_file(BaleBdrvDevice *d)
+{
+    return d->child->bs;
+}
+
+int bale_bdrv_device_set_file(BaleBdrvDevice *d, BlockDriverState *file,
+                              Error **errp)
+{
+    return d->child->bs == file
+               ? 0
+               : bdrv_replace_child_bs(d->child, file, errp);
+}
+
+int bale_bdrv_device_set_access(BaleBdrvDevice *d, BaleBdrvAccess access,
+                                Error **errp)
+{
+    uint64_t perm, shared;
+    int ret;
+
+    if (d->access == access) {
+        return 0;
+    }
+    access_perms(access, d->child->bs, &perm, &shared);
+    ret = bdrv_child_try_set_perm(d->child, perm, shared, errp);
+    if (ret == 0) {
+        d->access = access;
+    }
+    return ret;
+}
+
+BaleBdrvAccess bale_bdrv_device_access(BaleBdrvDevice *d)
+{
+    return d->access;
+}
+
+void bale_bdrv_device_set_activated(BaleBdrvDevice *d,
+                                    BaleBdrvActivated *activated, void *opaque)
+{
+    d->activated_opaque = opaque;
+    d->activated = activated;
+}
+
+void bale_bdrv_device_add_owner(BaleBdrvDevice *d, BlockDriverState *owner)
+{
+    QEMU_LOCK_GUARD(&d->lock);
+    g_ptr_array_add(d->owners, owner);
+}
+
+void bale_bdrv_device_remove_owner(BaleBdrvDevice *d, BlockDriverState *owner)
+{
+    QEMU_LOCK_GUARD(&d->lock);
+    g_ptr_array_remove(d->owners, owner);
+    device_schedule_locked(d);
 }
 
 void bale_bdrv_device_set_read_only(BaleBdrvDevice *d, bool read_only)
 {
     QEMU_LOCK_GUARD(&d->lock);
     d->read_only = read_only;
-}
-
-void bale_bdrv_device_detach(BaleBdrvDevice *d)
-{
-    QEMU_LOCK_GUARD(&d->lock);
-    assert(d->in_flight == 0);
-    d->ctx = NULL;
-    d->scheduled = false;
-}
-
-void bale_bdrv_device_attach(BaleBdrvDevice *d, AioContext *ctx)
-{
-    QEMU_LOCK_GUARD(&d->lock);
-    d->ctx = ctx;
-    device_schedule_locked(d);
-}
-
-void bale_bdrv_device_drain_begin(BaleBdrvDevice *d)
-{
-    QEMU_LOCK_GUARD(&d->lock);
-    d->drained++;
-}
-
-void bale_bdrv_device_drain_end(BaleBdrvDevice *d)
-{
-    QEMU_LOCK_GUARD(&d->lock);
-    /* QEMU may end a section that began before the node had a driver. */
-    if (d->drained) {
-        d->drained--;
-    }
-    device_schedule_locked(d);
 }
 
 void bale_bdrv_device_kick(BaleBdrvDevice *d)

@@ -63,7 +63,7 @@ class NodeTest(Base):
                     file='a-file'))
                 self.assertIn('not owned', self.fails(
                     qemu, 'blockdev-del', node_name='a-file'))
-                self.assertIn('lock', self.fails(
+                self.assertIn('in use by node', self.fails(
                     qemu, 'blockdev-add', driver='bale', node_name='b',
                     file=file('a.bale')))
                 qemu.command('blockdev-del', node_name='a')
