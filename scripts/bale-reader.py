@@ -836,26 +836,27 @@ class Store:
         (magic, page.bucket, length, own_number, version,
          page.first_sequence, header_sum) = PAGE.unpack_from(block)
         empty = is_zero(block)
-        if (not empty and magic == PAGE_MAGIC and length == PAGE_LENGTH
-                and own_number == number and version != 0
-                and checksum(block[:56], self.place(number, 0, 0))
-                == header_sum):
+        valid = (own_number == number and length == PAGE_LENGTH
+                 and version != 0
+                 and checksum(block[:56], self.place(number, 0, 0))
+                 == header_sum)
+        if valid and magic == PAGE_MAGIC:
             page.state, page.version = 'used', version
             if not is_zero(block[PAGE_LENGTH:]):
                 self.note(f'page {number}: the rest of its header block is '
                           'not zero')
-        elif (magic == FREED_MAGIC and own_number == number
-              and checksum(block[:56], self.place(number, 0, 0))
-              == header_sum):
+        elif valid and magic == FREED_MAGIC:
             page.bucket, page.freed = None, version
         else:
             page.bucket = None
-            found = self.segment_record(page, BLOCK)
-            if found:
-                page.state = 'damaged header'
-                page.version = found[0].version
-            elif not empty or not is_zero(self.device.read(page.base + BLOCK,
-                                                           BLOCK)):
+        # A header may be stale, or damaged: the first segment knows.
+        found = self.segment_record(page, BLOCK)
+        if found and found[0].version > max(page.version or 0, page.freed):
+            page.bucket, page.state = None, 'damaged header'
+            page.version = found[0].version
+        elif page.version is None and not page.freed:
+            if not empty or not is_zero(self.device.read(page.base + BLOCK,
+                                                         BLOCK)):
                 page.state = 'foreign'
             else:
                 page.blank = True
@@ -864,18 +865,15 @@ class Store:
     def keep(self, page, entry):
         """Is @page the one of the page table's @entry?"""
         version = entry['version']
-        if page.state == 'used' and page.version >= version:
+        if ((page.version or 0) > version or page.freed >= version
+                or page.state == 'used' and page.version == version):
             kept = page.version == version
-        elif page.freed >= version:
-            kept = False
         else:
             # The header is damaged, or stale.
-            found = self.segment_record(page, BLOCK)
-            kept = (not (found and found[0].version > version)
-                    and entry['end'] > 0 and not entry['cut'])
-            if kept or found:
+            kept = entry['end'] > 0 and not entry['cut']
+            if kept:
                 page.state, page.blank = 'damaged header', False
-                page.version = version if kept else found[0].version
+                page.version = version
         if kept:
             page.start = max(entry['end'], BLOCK)
 
@@ -1040,7 +1038,13 @@ class Store:
         segment.records.append(r)
 
     def add_checkpoint_ends(self, ref):
-        """The page table of a checkpoint, if it can be read, proves."""
+        """What the superblock says of the pages with checkpoint roots
+        proves, and the page table of a checkpoint, if it can be read."""
+        for address, version, _, end in (self.sb.newest, self.sb.previous):
+            if address >= SUPER_SIZE:
+                self.add_barrier((address - SUPER_SIZE) // self.sb.page_size,
+                                 version,
+                                 min(end * BLOCK, self.sb.page_size), True)
         if ref[0] == 0:
             return
         try:

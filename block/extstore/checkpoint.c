@@ -51,8 +51,6 @@
 #include "util/memory.h"
 #include "util/planted.h"
 
-/* Dying pages are given so many flushes to become free before a checkpoint. */
-#define DYING_FLUSHES_MAX 4
 /* Marks tried while pages are opened at the same time. */
 #define MARK_ATTEMPTS_MAX 8
 
@@ -451,27 +449,6 @@ static int writer_pages_and_root(CheckpointWriter *w, BalePart *root_part)
                          root_part);
 }
 
-/* Let pages that died finish dying, as far as a few flushes do it. */
-static int checkpoint_settle(BaleStore *s)
-{
-    int ret = bale_log_flush_sync(s);
-
-    for (int i = 0; ret == 0 && i < DYING_FLUSHES_MAX; i++) {
-        bool dying;
-
-        bale_maintain_settle(s);
-        pthread_mutex_lock(&s->log_lock);
-        dying = s->dying_pages->len > 0;
-        pthread_mutex_unlock(&s->log_lock);
-        if (!dying) {
-            break;
-        }
-        ret = bale_log_flush_sync(s);
-    }
-    bale_maintain_settle(s);
-    return ret;
-}
-
 /*
  * Give back what was reserved and not used; returns the device's end.  Some
  * devices can only reserve by growing, and so reserve all of a page as soon as
@@ -592,7 +569,7 @@ static int checkpoint_drop_previous(BaleStore *s)
     if (ret == 0) {
         checkpoint_forget(s, s->previous);
         g_array_set_size(s->previous, 0);
-        ret = checkpoint_settle(s);
+        ret = bale_maintain_free(s);
     }
     return ret;
 }
@@ -605,7 +582,7 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
 
     g_assert(s->session);
     writer_init(&w, s);
-    ret = checkpoint_settle(s);
+    ret = bale_maintain_free(s);
     if (ret == 0) {
         ret = writer_run(&w, &root);
     }

@@ -10,8 +10,8 @@
  *     write that came after the original.
  *  2. The index moves to the copy only if it still points at the original.
  *  3. The original's page dies only after the index has left it, and its header
- *     is zeroed only after a flush that was requested after that: the copies
- *     are durable by then (page.c, invariant 2).
+ *     is marked only when the copies are durable, and barriers for them, too
+ *     (page.c, invariants 2 and 3).
  *  4. A drop record is copied as long as a record older than it exists
  *     anywhere; a zero record only if a cluster points at it.
  *  5. A record that does not verify stays where it is, and so does its page.
@@ -469,10 +469,9 @@ bool bale_store_compact(BaleStore *s, const BaleCompactOptions *o,
         if (ret == -EIO && !store_failed(s)) {
             ret = 0;
         }
-        /* Twice: for the copies, and for the zeroed header. */
-        for (int i = 0; i < 2 && ret == 0; i++) {
-            ret = bale_log_flush_sync(s);
-            bale_maintain_settle(s);
+        if (ret == 0) {
+            /* The next page may need the room that this one took. */
+            ret = bale_maintain_free(s);
         }
     }
     bale_maintain_resume(s);

@@ -132,9 +132,9 @@ static void buffer_finish(BaleWriteBuffer *wb)
     uint8_t *p = wb->buf + at + BALE_RECORD_HEADER_LEN;
     BaleSegment segment;
 
-    g_assert(wb->writers == 0 && n > 0 && at >= wb->used);
+    g_assert(wb->writers == 0 && at >= wb->used);
     memset(wb->buf + wb->used, 0, at - wb->used);
-    r.seq = g_array_index(wb->directory, BaleDirectoryEntry, n - 1).record.seq;
+    r.seq = wb->last_seq;
     for (uint32_t i = 0; i < n; i++) {
         bale_directory_entry_encode(
             &g_array_index(wb->directory, BaleDirectoryEntry, i), p);
@@ -232,6 +232,9 @@ static void buffer_open(BaleStore *s, BaleWriteBuffer *wb, BaleBucket bucket)
                 (BaleBarrier){ n, q->version, q->proven };
         }
     }
+    if (s->barrier_pages->len == 0) {
+        bale_page_barriers_appended(s);
+    }
     wb->used = wb->segment + bale_align_up(
         BALE_RECORD_HEADER_LEN + bale_segment_payload_len(wb->barriers),
         BALE_RECORD_ALIGN);
@@ -262,6 +265,10 @@ static void buffer_seal(BaleStore *s, BaleBucket bucket,
         return;
     }
     wb->len = segment_len(wb->used, wb->directory->len);
+    wb->last_seq = wb->directory->len
+                       ? g_array_index(wb->directory, BaleDirectoryEntry,
+                                       wb->directory->len - 1).record.seq
+                       : s->next_seq++;
     g_assert(wb->len <= wb->limit);
     wb->id = ++s->sealed_id;
     g_queue_push_tail(&s->in_flight, wb);
@@ -817,6 +824,52 @@ int bale_log_flush_forced(BaleStore *s)
     pthread_mutex_lock(&s->log_lock);
     s->flush_forced--;
     pthread_mutex_unlock(&s->log_lock);
+    return ret;
+}
+
+/* Would another segment fit into @bucket's page at once?  Under log_lock. */
+static bool log_has_room(BaleStore *s, BaleBucket bucket, uint64_t need)
+{
+    BaleWriteBuffer *wb = s->open[bucket];
+    BalePage *p;
+
+    if (s->active[bucket] == PAGE_NONE || s->preparing[bucket]) {
+        return false;
+    }
+    p = bale_page(s, s->active[bucket]);
+    return p->allocated >=
+           need + (wb ? wb->offset + segment_len(wb->used, wb->directory->len)
+                      : MAX(p->end, BALE_BLOCK_SIZE));
+}
+
+int bale_log_append_barriers(BaleStore *s)
+{
+    uint32_t need = segment_len(SEGMENT_OVERHEAD, 1);
+    BaleWriteBuffer *submit = NULL, *wb;
+    guint segments;
+    int ret = 0;
+
+    pthread_mutex_lock(&s->log_lock);
+    segments = s->barrier_pages->len / BALE_BARRIERS_MAX + 1;
+    while (ret == 0 && s->barrier_pages->len && segments-- > 0) {
+        /*
+         * A page for fresh data may be waited for, by somebody who waits for
+         * us; for the others nobody waits.
+         */
+        wb = log_has_room(s, BALE_BUCKET_FRESH, need) ? buffer_get(s) : NULL;
+        if (wb) {
+            buffer_seal(s, BALE_BUCKET_FRESH, &submit);
+            buffer_open(s, wb, BALE_BUCKET_FRESH);
+        } else {
+            buffer_seal(s, BALE_BUCKET_COMPACTED, &submit);
+            ret = log_open_buffer(s, BALE_BUCKET_COMPACTED, 0, &submit);
+        }
+    }
+    if (s->barrier_pages->len == 0) {
+        bale_page_barriers_appended(s);
+    }
+    pthread_mutex_unlock(&s->log_lock);
+    log_submit(s, submit);
     return ret;
 }
 

@@ -37,6 +37,9 @@
 /* How often the thread looks at the time while there is something new. */
 #define LOOK_TIME_S 30
 
+/* Flushes that pages which have died are given to become free. */
+#define DYING_FLUSHES_MAX 4
+
 /* --- releasing; the states are told in page.c --- */
 
 /* One step on @page; called and returns with log_lock. */
@@ -75,6 +78,20 @@ static int maintain_release_page(BaleStore *s, uint64_t page, uint8_t *block)
     return ret;
 }
 
+/* Append the barriers that dying pages wait for; as the next one. */
+static void maintain_barriers(BaleStore *s)
+{
+    int ret;
+
+    pthread_mutex_unlock(&s->log_lock);
+    ret = bale_log_append_barriers(s);
+    pthread_mutex_lock(&s->log_lock);
+    if (ret == -ENOSPC) {
+        /* What makes room must not want room. */
+        bale_page_barriers_appended(s);
+    }
+}
+
 /* Take all steps that are possible now.  Called and returns with log_lock. */
 static void maintain_release(BaleStore *s)
 {
@@ -83,6 +100,9 @@ static void maintain_release(BaleStore *s)
     bool freed = false;
     int ret = 0;
 
+    if (bale_page_wants_barriers(s)) {
+        maintain_barriers(s);
+    }
     for (guint i = 0; block && ret == 0 && i < s->dying_pages->len;) {
         uint64_t page = g_array_index(s->dying_pages, uint64_t, i);
         BalePageState state = bale_page(s, page)->state;
@@ -349,6 +369,26 @@ void bale_maintain_settle(BaleStore *s)
         maintain_release(s);
     }
     pthread_mutex_unlock(&s->log_lock);
+}
+
+int bale_maintain_free(BaleStore *s)
+{
+    int ret = bale_log_flush_sync(s);
+
+    for (int i = 0; ret == 0 && i < DYING_FLUSHES_MAX; i++) {
+        bool dying;
+
+        bale_maintain_settle(s);
+        pthread_mutex_lock(&s->log_lock);
+        dying = s->dying_pages->len > 0;
+        pthread_mutex_unlock(&s->log_lock);
+        if (!dying) {
+            break;
+        }
+        ret = bale_log_flush_sync(s);
+    }
+    bale_maintain_settle(s);
+    return ret;
 }
 
 bool bale_maintain_wait_space(BaleStore *s)

@@ -1,8 +1,8 @@
 /*
  * The page table: which page holds what, and when it can be reused.
  *
- * A page goes FREE -> ACTIVE -> SEALED -> DEAD -> MARKING -> MARKED ->
- * RELEASING -> FREE, and never another way.  Invariants:
+ * A page goes FREE -> ACTIVE -> SEALED -> DEAD -> REPLACED -> BARRED ->
+ * MARKING -> MARKED -> RELEASING -> FREE, and never another way.  Invariants:
  *
  *  1. A page leaves SEALED only when nothing live is in it, no device read and
  *     no write buffer is on it, and no drop or shrinking image record in it
@@ -10,10 +10,14 @@
  *     cluster points at hides nothing: what took its place is newer still.)
  *  2. DEAD ends with a flush that was requested after the page died: what
  *     replaced its records is durable then.
- *  3. MARKED ends with a flush that was requested after the header was marked
+ *  3. REPLACED ends when the barriers of what that flush has proven are in a
+ *     segment, BARRED with a flush that was requested after that.  Otherwise
+ *     damage to what replaced the records would look like a torn tail, with
+ *     nothing left but what is older still.
+ *  4. MARKED ends with a flush that was requested after the header was marked
  *     as freed: the old header cannot come back after a crash, neither to make
  *     stale records valid again nor to make released space look like damage.
- *  4. Each time a page becomes ACTIVE it gets a version that no page ever had.
+ *  5. Each time a page becomes ACTIVE it gets a version that no page ever had.
  *
  * There is no eviction: when no page is free the answer is -ENOSPC.  Pages,
  * buckets by lifetime and live bytes per page follow memcached's extstore.
@@ -208,19 +212,53 @@ void bale_page_flushed(BaleStore *s)
         BalePage *p = bale_page(s, g_array_index(s->dying_pages, uint64_t,
                                                  i));
 
-        if (p->state == BALE_PAGE_DEAD &&
-            p->free_flush <= s->flushed_request) {
-            p->state = BALE_PAGE_MARKING;
-        } else if (p->state == BALE_PAGE_MARKED &&
-                   p->free_flush <= s->flushed_request) {
-            p->state = BALE_PAGE_RELEASING;
+        if (p->free_flush <= s->flushed_request) {
+            switch (p->state) {
+            case BALE_PAGE_DEAD:
+                p->state = BALE_PLANTED(barrier_not_awaited)
+                               ? BALE_PAGE_MARKING
+                               : BALE_PAGE_REPLACED;
+                break;
+            case BALE_PAGE_BARRED:
+                p->state = BALE_PAGE_MARKING;
+                break;
+            case BALE_PAGE_MARKED:
+                p->state = BALE_PAGE_RELEASING;
+                break;
+            }
         }
-        work |= p->state == BALE_PAGE_MARKING ||
+        work |= p->state == BALE_PAGE_REPLACED ||
+                p->state == BALE_PAGE_MARKING ||
                 p->state == BALE_PAGE_RELEASING;
     }
     if (work) {
         bale_maintain_signal(s, true, false);
     }
+}
+
+void bale_page_barriers_appended(BaleStore *s)
+{
+    for (guint i = 0; i < s->dying_pages->len; i++) {
+        BalePage *p = bale_page(s, g_array_index(s->dying_pages, uint64_t,
+                                                 i));
+
+        if (p->state == BALE_PAGE_REPLACED) {
+            p->state = BALE_PAGE_BARRED;
+            p->free_flush = s->flush_request + 1;
+        }
+    }
+}
+
+bool bale_page_wants_barriers(BaleStore *s)
+{
+    for (guint i = 0; i < s->dying_pages->len; i++) {
+        uint64_t page = g_array_index(s->dying_pages, uint64_t, i);
+
+        if (bale_page(s, page)->state == BALE_PAGE_REPLACED) {
+            return true;
+        }
+    }
+    return false;
 }
 
 bool bale_page_has_room(BaleStore *s, uint64_t bytes)

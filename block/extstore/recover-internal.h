@@ -130,6 +130,12 @@ void bale_scan_walk(Scan *scan, uint64_t page, uint64_t offset);
 /* Look at the first blocks of @page, which the checkpoint does not know. */
 void bale_scan_page(Scan *scan, uint64_t page);
 /*
+ * The version of the first segment of @page, which begins with @block, if its
+ * record verifies and that is higher than @version; else 0.
+ */
+uint64_t bale_scan_newer_version(Scan *scan, uint64_t page, uint64_t version,
+                                 const uint8_t *block);
+/*
  * The newest checkpoint may be out of date or damaged, but what it says of
  * pages was flushed: a page that it names is there, or marked as freed, or
  * used anew.  As far as it can be read, take it for barriers.

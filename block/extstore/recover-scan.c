@@ -25,7 +25,6 @@
 #include <inttypes.h>
 #include <string.h>
 
-#include "util/checksum.h"
 #include "util/memory.h"
 #include "util/planted.h"
 
@@ -92,22 +91,19 @@ int bale_scan_record(Scan *scan, uint64_t page, uint64_t offset,
         return scan->ret;
     }
     ret = bale_record_decode(r, seed, s->cluster_size, p, avail);
-    if (ret < 0) {
-        return ret;
-    }
-    if (bale_record_size(r) > avail) {
-        if (bale_record_size(r) > s->page_size - offset) {
+    if (ret == 0 && bale_record_size(r) > avail) {
+        avail = bale_record_size(r);
+        if (avail > s->page_size - offset) {
             return -EIO;
         }
-        p = bale_scan_read(scan, page, offset, bale_record_size(r));
+        p = bale_scan_read(scan, page, offset, avail);
         if (!p) {
             return scan->ret;
         }
     }
-    *payload = p + r->header_len;
-    return bale_checksum(*payload, r->payload_len, seed) == r->payload_sum
-               ? 0
-               : -EIO;
+    return ret < 0 ? ret
+                   : bale_record_verify(r, seed, s->cluster_size, p, avail,
+                                        payload);
 }
 
 static void scan_add_entry(Scan *scan, uint64_t page, const BaleRecord *r,
@@ -487,26 +483,38 @@ static void scan_checkpoint_pages(Scan *scan, const BalePart *part)
     }
 }
 
+/* What the superblock says of the page with a checkpoint's root. */
+static bool scan_checkpoint_end(Scan *scan, const BaleCheckpointRef *ref)
+{
+    BaleStore *s = scan->s;
+    BaleBarrier b;
+
+    if (ref->address < BALE_SUPER_SIZE) {
+        return false;
+    }
+    b.page = (ref->address - BALE_SUPER_SIZE) / s->page_size;
+    b.version = ref->version;
+    b.durable_end = MIN((uint64_t)ref->end * BALE_BLOCK_SIZE, s->page_size);
+    scan_add_barrier(scan, &b, true);
+    return true;
+}
+
 void bale_scan_checkpoint(Scan *scan)
 {
     const BaleCheckpointRef *ref = &scan->s->super.checkpoint;
     g_autofree uint8_t *payload = NULL;
-    BaleBarrier b;
     BaleRecord r;
     BaleRoot root;
 
-    if (ref->address < BALE_SUPER_SIZE ||
+    /* Both are where they were for as long as the superblock names them. */
+    scan_checkpoint_end(scan, &scan->s->super.previous);
+    if (!scan_checkpoint_end(scan, ref) ||
         bale_recover_record(scan->s, ref->address, ref->version, ref->length,
                             &r, &payload) < 0 ||
         r.type != BALE_RECORD_CHECKPOINT_ROOT ||
         bale_root_decode(&root, payload, r.payload_len) < 0) {
         return;
     }
-    b.page = (ref->address - BALE_SUPER_SIZE) / scan->s->page_size;
-    b.version = ref->version;
-    b.durable_end = MIN((uint64_t)ref->end * BALE_BLOCK_SIZE,
-                        scan->s->page_size);
-    scan_add_barrier(scan, &b, true);
     for (uint32_t i = 0; i < root.parts && scan->ret == 0; i++) {
         BalePart part;
 
@@ -518,13 +526,33 @@ void bale_scan_checkpoint(Scan *scan)
     }
 }
 
+uint64_t bale_scan_newer_version(Scan *scan, uint64_t page, uint64_t version,
+                                 const uint8_t *block)
+{
+    ScanPage *sp = &scan->page[page];
+    BalePageHeader header = sp->header;
+    uint64_t claimed = bale_record_claimed_version(block);
+    const uint8_t *payload;
+    BaleRecord r;
+    bool newer;
+
+    if (claimed <= version) {
+        return 0;
+    }
+    sp->header.version = claimed;
+    newer = bale_scan_record(scan, page, BALE_BLOCK_SIZE, BALE_BLOCK_SIZE, &r,
+                             &payload) == 0 &&
+            r.type == BALE_RECORD_SEGMENT;
+    sp->header = header;
+    return newer ? claimed : 0;
+}
+
 void bale_scan_page(Scan *scan, uint64_t page)
 {
     BaleStore *s = scan->s;
     ScanPage *sp = &scan->page[page];
     const uint8_t *p = bale_scan_read(scan, page, 0, 2 * BALE_BLOCK_SIZE);
-    const uint8_t *payload;
-    BaleRecord r;
+    uint64_t newer;
     int ret;
 
     if (!p) {
@@ -535,25 +563,28 @@ void bale_scan_page(Scan *scan, uint64_t page)
         return;
     }
     ret = bale_page_header_decode(&sp->header, s->identity, page, p);
-    if (ret == 0 && sp->header.freed) {
+    if (ret < 0) {
+        sp->header_damaged = true;
+        sp->header = (BalePageHeader){ .page = page };
+    }
+    /*
+     * The first segment says which version this page has, if its header is
+     * damaged or stale, or was torn off.  The page's barriers may lie in the
+     * page itself, so it is walked.
+     */
+    newer = BALE_PLANTED(stale_header_believed) && ret == 0
+                ? 0
+                : bale_scan_newer_version(scan, page, sp->header.version,
+                                          p + BALE_BLOCK_SIZE);
+    if (newer) {
+        sp->header_damaged = true;
+        sp->header = (BalePageHeader){ .page = page, .version = newer };
+    } else if (ret < 0) {
+        return; /* what the device held before, unless a barrier names it */
+    } else if (sp->header.freed) {
         sp->freed = sp->header.version;
         sp->header.version = 0;
         return;
-    }
-    if (ret < 0) {
-        /* The first segment may still say which version this page has. */
-        sp->header_damaged = true;
-        sp->header = (BalePageHeader){
-            .page = page,
-            .version = bale_record_claimed_version(p + BALE_BLOCK_SIZE),
-        };
-        if (bale_scan_record(scan, page, BALE_BLOCK_SIZE, BALE_BLOCK_SIZE, &r,
-                             &payload) < 0 ||
-            r.type != BALE_RECORD_SEGMENT) {
-            /* Old contents of the device, unless a barrier names the page. */
-            sp->header.version = 0;
-            return;
-        }
     }
     sp->used = true;
     bale_scan_walk(scan, page, BALE_BLOCK_SIZE);

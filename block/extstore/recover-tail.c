@@ -40,26 +40,6 @@
 #include "util/memory.h"
 #include "util/planted.h"
 
-/* Does a segment record of @page verify whose version is above @version? */
-static uint64_t tail_newer_version(Scan *scan, uint64_t page,
-                                   uint64_t version, const uint8_t *block)
-{
-    ScanPage *sp = &scan->page[page];
-    uint64_t claimed = bale_record_claimed_version(block);
-    const uint8_t *payload;
-    BaleRecord r;
-
-    if (claimed <= version) {
-        return 0;
-    }
-    sp->header = (BalePageHeader){ .page = page, .version = claimed };
-    return bale_scan_record(scan, page, BALE_BLOCK_SIZE, BALE_BLOCK_SIZE, &r,
-                            &payload) == 0 &&
-                   r.type == BALE_RECORD_SEGMENT
-               ? claimed
-               : 0;
-}
-
 /* The page is what the checkpoint says, whatever its header looks like. */
 static void tail_keep(Scan *scan, uint64_t page, bool damaged)
 {
@@ -88,32 +68,24 @@ static void tail_page(Scan *scan, uint64_t page)
 {
     BaleStore *s = scan->s;
     BalePage *p = bale_page(s, page);
-    ScanPage *sp = &scan->page[page];
     bool cut = p->end == 0 || page_address(s, page) >= scan->from->cut;
     const uint8_t *b = bale_scan_read(scan, page, 0, 2 * BALE_BLOCK_SIZE);
-    BalePageHeader header;
+    BalePageHeader header = { .page = page };
+    bool newer, same;
     int ret;
 
     if (!b) {
         return;
     }
     ret = bale_page_header_decode(&header, s->identity, page, b);
-    if (ret == 0 && header.version == p->version && !header.freed) {
-        tail_keep(scan, page, false);
-        return;
-    }
-    if (ret == 0 && header.version >= p->version) {
+    newer = bale_scan_newer_version(scan, page, p->version,
+                                    b + BALE_BLOCK_SIZE);
+    same = ret == 0 && header.version == p->version && !header.freed;
+    if (newer || (!same && (cut || (ret == 0 &&
+                                    header.version >= p->version)))) {
         bale_scan_page(scan, page); /* given up, and perhaps used anew */
-        return;
-    }
-    if (cut || tail_newer_version(scan, page, p->version,
-                                  b + BALE_BLOCK_SIZE)) {
-        bale_scan_page(scan, page);
-        return;
-    }
-    sp->header = (BalePageHeader){ .page = 0 };
-    if (scan->ret == 0) {
-        tail_keep(scan, page, true);
+    } else if (scan->ret == 0) {
+        tail_keep(scan, page, !same);
     }
 }
 

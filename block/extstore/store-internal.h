@@ -66,6 +66,8 @@ typedef enum BalePageState {
     BALE_PAGE_ACTIVE,    /* appended to by one bucket */
     BALE_PAGE_SEALED,    /* holds records, is not appended to */
     BALE_PAGE_DEAD,      /* waits for a flush */
+    BALE_PAGE_REPLACED,  /* waits for barriers to be appended */
+    BALE_PAGE_BARRED,    /* waits for a flush of these */
     BALE_PAGE_MARKING,   /* its header is being marked as freed */
     BALE_PAGE_MARKED,    /* waits for a flush */
     BALE_PAGE_RELEASING, /* its space is being given back */
@@ -82,7 +84,7 @@ struct BalePage {
     uint64_t order;         /* of opening, in this process; 0: before it */
     uint64_t first_seq;
     uint64_t tombstone_seq; /* highest of a drop, a shrinking image; 0 */
-    uint64_t free_flush;    /* DEAD, MARKED: flush request to wait for */
+    uint64_t free_flush;    /* DEAD, BARRED, MARKED: request to wait for */
     uint32_t in_flight;     /* its write buffers not yet on the device */
     uint32_t readers;       /* device reads under way */
     uint8_t bucket;
@@ -114,6 +116,7 @@ struct BaleWriteBuffer {
     uint32_t writers;    /* appends that still copy */
     uint32_t pins;       /* readers */
     uint64_t id;         /* order of sealing, 0 before */
+    uint64_t last_seq;   /* of its last record, once it was sealed */
     bool stable;
     bool failed;
     GArray *directory;   /* BaleDirectoryEntry */
@@ -368,6 +371,10 @@ void bale_page_consider(BaleStore *s, uint64_t page);
 void bale_page_consider_all(BaleStore *s);
 /* A flush request has completed: move dying pages on. */
 void bale_page_flushed(BaleStore *s);
+/* So do pages that waited for it: no barrier is left to be appended. */
+void bale_page_barriers_appended(BaleStore *s);
+/* Does a dying page wait for that? */
+bool bale_page_wants_barriers(BaleStore *s);
 void bale_page_revived(BaleStore *s);
 /* Rebuild the stack of free pages from the states of the pages. */
 void bale_page_free_list_rebuild(BaleStore *s);
@@ -388,6 +395,8 @@ void bale_maintain_resume(BaleStore *s);
 void bale_maintain_signal(BaleStore *s, bool release, bool look);
 /* Paused, or on the thread itself: release what can be released now. */
 void bale_maintain_settle(BaleStore *s);
+/* The same until no page is dying, as far as a few flushes do it. */
+int bale_maintain_free(BaleStore *s);
 /* Under log_lock: @bytes were appended; a checkpoint may be due. */
 void bale_maintain_appended(BaleStore *s, uint32_t bytes);
 /* On the thread, which is on a long errand: should it stop that? */
@@ -417,6 +426,12 @@ void bale_log_flush(BaleStore *s, BaleDone *done, void *opaque);
 int bale_log_flush_sync(BaleStore *s);
 /* A device flush even if the log has nothing to flush. */
 int bale_log_flush_forced(BaleStore *s);
+/*
+ * Append the barriers that wait for the next segments, in segments that may
+ * hold nothing else.  On the maintenance thread or with that paused: it may
+ * not wait for anybody who waits for that.
+ */
+int bale_log_append_barriers(BaleStore *s);
 
 /*
  * Appending together with setting the index to what was appended: a section

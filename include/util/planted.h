@@ -32,6 +32,8 @@ enum {
     BALE_PLANTED_page_reused_early,
     BALE_PLANTED_mark_skipped,
     BALE_PLANTED_barrier_not_written,
+    BALE_PLANTED_barrier_not_awaited,
+    BALE_PLANTED_stale_header_believed,
     BALE_PLANTED_tail_over_damage,
     BALE_PLANTED_tail_unverified,
     BALE_PLANTED_sequence_ignored,

@@ -29,6 +29,8 @@ typedef struct CrashRun {
 
 /* --- sequences --- */
 
+const char *sequence_letters;
+
 void sequence_sample(Case *c, const char *class_name, GRand *rand,
                      unsigned min, unsigned max)
 {
@@ -45,6 +47,7 @@ void sequence_sample(Case *c, const char *class_name, GRand *rand,
         steps = STEPS_SPACE;
         n += 2;
     }
+    steps = sequence_letters ? sequence_letters : steps;
     for (unsigned i = 0; i < n; i++) {
         c->steps[i] = steps[g_rand_int_range(rand, 0, strlen(steps))];
     }

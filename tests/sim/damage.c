@@ -17,8 +17,14 @@
 #define BARRIERS_LEN 1024u /* of a block that may hold a few barriers */
 #define SUPER_COPIES 4
 #define SUPER_STRIDE (512u << 10)
+/* Microseconds in which the maintenance thread mostly does what it has to. */
+#define MAINTAIN_US 1000
 /* Zero sectors of the store that are damaged, too: each so many-th. */
 #define ZERO_SECTORS_EVERY 512
+/* Of a store with more sectors than this a sample is damaged. */
+#define SECTORS_MAX 2000
+/* Of so many cases, one is of a geometry whose pages fill and are freed. */
+#define LARGE_EVERY 8
 
 enum { DAMAGE_FLIP, DAMAGE_ZERO, DAMAGE_STALE, DAMAGE_SWAP, DAMAGE_DUPLICATE,
        DAMAGE_BLOCK_ZERO, DAMAGE_KINDS };
@@ -48,9 +54,14 @@ static World *damage_world(const Case *c, bool *clean, char **error)
             world_close(w);
             w->proven_event = bale_sim_events(w->sim);
         } else {
-            /* The next segments carry the barriers for all there is. */
-            world_step(w, 'p');
-            world_step(w, 'f');
+            /*
+             * The next segments carry the barriers for all there is.  Some
+             * replace it all; the maintenance thread frees pages after that.
+             */
+            for (const char *p = c->seed % 4 ? "pf" : "hfff"; *p; p++) {
+                world_step(w, *p);
+                g_usleep(*p == 'f' ? MAINTAIN_US : 0);
+            }
         }
     }
     if (w->error) {
@@ -90,29 +101,6 @@ static bool damage_in_tail(World *w, uint64_t at)
         bale_sim_op(w->sim, i, &op);
         if (op.kind == BALE_SIM_OP_STORE && op.submitted > w->proven_event &&
             at >= op.offset && at < op.offset + op.len) {
-            return true;
-        }
-    }
-    return false;
-}
-
-/*
- * Was a page given up after everything was proven?  Then what replaced it has
- * no barrier yet: damaged, it looks like a torn tail, and what it replaced is
- * gone, so that still older data shows.  Nobody can tell.
- */
-static bool damage_page_freed(World *w)
-{
-    uint64_t ops = bale_sim_ops(w->sim);
-
-    for (uint64_t i = 0; i < ops; i++) {
-        BaleSimOp op;
-
-        bale_sim_op(w->sim, i, &op);
-        if (op.kind == BALE_SIM_OP_STORE && op.submitted > w->proven_event &&
-            op.offset >= SUPER_COPIES * SUPER_STRIDE && op.len == BLOCK &&
-            (op.offset - SUPER_COPIES * SUPER_STRIDE) %
-                    BALE_PAGE_SIZE_UNIT == 0) {
             return true;
         }
     }
@@ -253,11 +241,11 @@ static char *damage_run(Case *c, uint64_t *count)
                 g_strdup_printf("%s.%" PRIu64, kinds[kind], n);
             g_autoptr(BaleSimImage) damaged = NULL;
 
-            if (*c->detail && strcmp(c->detail, detail)) {
-                continue;
-            }
-            if (!clean && damage_in_tail(w, n * SECTOR) &&
-                damage_page_freed(w)) {
+            if (*c->detail
+                    ? strcmp(c->detail, detail) != 0
+                    : sectors->len > SECTORS_MAX &&
+                          g_rand_int_range(rand, 0, sectors->len) >=
+                              SECTORS_MAX) {
                 continue;
             }
             damaged = damage_apply(w, image, kind, sectors, n, rand);
@@ -291,13 +279,10 @@ static char *damage_run(Case *c, uint64_t *count)
 
 static bool damage_next(Case *c, uint64_t n, GRand *rand, bool all)
 {
-    sequence_sample(c, "damage", rand, 1, 5);
-    c->geo = &geometries[n % 3];
-    /*
-     * Without compaction: of a page that was used again, and whose barriers lie
-     * in itself, a stale header cannot be told yet.
-     */
-    g_strdelimit(c->steps, "m", 'w');
+    sequence_sample(c, "damage", rand, 1, 7);
+    if (n % LARGE_EVERY) {
+        c->geo = &geometries[n % 3];
+    }
     return true;
 }
 

@@ -2,6 +2,7 @@
  * The simulator: shows the durability contract by breaking things.
  *
  *     sim [--class NAME]... [--budget SECONDS] [--seed N] [--all]
+ *         [--letters STEPS]
  *     sim --case CASE|FILE [--verbose]
  *     sim --cases DIRECTORY
  *
@@ -10,7 +11,8 @@
  * plays again.  A class ends when it has seen its number of states (--states),
  * or when its time is over: with --budget, which the classes that are given
  * (all of them without --class) share, there is only the time.  --all goes
- * through every sequence of up to three steps instead of a sample of them.
+ * through every sequence of up to three steps instead of a sample of them;
+ * --letters makes all samples of these steps.
  *
  * Environment: BALE_SEED as --seed; BALE_LONG: a long budget, no number of
  * states, and --all; BALE_SANITIZER: smaller default budget; BALE_SIM_SAVE
@@ -194,7 +196,7 @@ int main(int argc, char **argv)
     const char *env_seed = g_getenv("BALE_SEED");
     bool is_long = g_getenv("BALE_LONG") != NULL;
     g_auto(GStrv) names = NULL, cases = NULL;
-    g_autofree char *directory = NULL, *seed_text = NULL;
+    g_autofree char *directory = NULL, *seed_text = NULL, *letters = NULL;
     double budget = is_long                      ? BUDGET_LONG
                     : g_getenv("BALE_SANITIZER") ? BUDGET_SANITIZER
                                                  : BUDGET_DEFAULT;
@@ -215,6 +217,8 @@ int main(int argc, char **argv)
         { "states", 0, 0, G_OPTION_ARG_INT64, &states,
           "end a class after so many", "N" },
         { "all", 0, 0, G_OPTION_ARG_NONE, &all, "all short sequences", NULL },
+        { "letters", 0, 0, G_OPTION_ARG_STRING, &letters,
+          "make samples of these", "STEPS" },
         { "first", 0, 0, G_OPTION_ARG_NONE, &first,
           "end a class at its first failure", NULL },
         { "verbose", 0, 0, G_OPTION_ARG_NONE, &talk, "tell more", NULL },
@@ -238,6 +242,7 @@ int main(int argc, char **argv)
     mallopt(M_ARENA_MAX, 1);
     inline_wanted = inline_enabled;
     verbose = talk;
+    sequence_letters = letters;
     failures_max = first ? 1 : FAILURES_MAX;
     g_log_set_default_handler(log_nothing, NULL);
     if (seed_text || env_seed) {

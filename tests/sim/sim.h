@@ -256,6 +256,8 @@ extern uint64_t recovered_states;
 /* Sequences: all up to length 3 in an order of @rand's, then samples. */
 bool sequence_next(Case *c, const char *class_name, uint64_t n, GRand *rand,
                    bool all);
+/* NULL, or what samples are made of. */
+extern const char *sequence_letters;
 /* A sample of @min to @max steps. */
 void sequence_sample(Case *c, const char *class_name, GRand *rand,
                      unsigned min, unsigned max);
