@@ -146,6 +146,7 @@ static bool super_checkpoint_valid(const BaleCheckpointRef *c,
                                    uint64_t page_size)
 {
     return c->address < BALE_DEVICE_SIZE_MAX &&
+           c->address % BALE_RECORD_ALIGN == 0 &&
            c->end <= page_size / BALE_BLOCK_SIZE &&
            c->length <= BALE_META_PAYLOAD_MAX + BALE_RECORD_HEADER_MAX;
 }
