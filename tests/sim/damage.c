@@ -22,7 +22,7 @@
 /* Zero sectors of the store that are damaged, too: each so many-th. */
 #define ZERO_SECTORS_EVERY 512
 /* Of a store with more sectors than this a sample is damaged. */
-#define SECTORS_MAX 2000
+#define SECTORS_MAX 500
 /* Of so many cases, one is of a geometry whose pages fill and are freed. */
 #define LARGE_EVERY 8
 
@@ -280,7 +280,7 @@ static char *damage_run(Case *c, uint64_t *count)
 static bool damage_next(Case *c, uint64_t n, GRand *rand, bool all)
 {
     sequence_sample(c, "damage", rand, 1, 7);
-    if (n % LARGE_EVERY) {
+    if ((n + 1) % LARGE_EVERY) {
         c->geo = &geometries[n % 3];
     }
     return true;
