@@ -991,7 +991,7 @@ class Store:
         if r.type != DIRECTORY or len(payload) % ENTRY.size:
             raise Damage('not a directory')
         entries = []
-        last = 0
+        last = HEADER
         for at in range(0, len(payload), ENTRY.size):
             e = Record()
             (e.sequence, e.cluster, e.layer, e.count, place16,
@@ -999,12 +999,12 @@ class Store:
              e.header_length) = ENTRY.unpack_from(payload, at)
             e.page, e.version, e.offset = page.number, version, place16 * 16
             e.payload_sum, e.damage = 0, None
-            if (e.offset <= last or e.header_length % 16
+            if (e.offset < last or e.header_length % 16
                     or not HEADER <= e.header_length <= HEADER_MAX
                     or e.payload_length > self.payload_cap(e.type)
                     or e.end > self.sb.page_size):
                 raise Damage('entry out of range')
-            last = e.offset
+            last = e.end
             entries.append(e)
         return entries
 

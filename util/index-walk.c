@@ -188,6 +188,11 @@ uint64_t bale_index_remove_from(BaleIndex *index, uint64_t first_key,
 
 /* Statistics and check */
 
+uint64_t bale_index_bytes(BaleIndex *index)
+{
+    return atomic_load(&index->ledger->bytes);
+}
+
 void bale_index_get_stats(BaleIndex *index, BaleIndexStats *stats)
 {
     BaleEpochToken token = bale_epoch_enter(index->epoch);

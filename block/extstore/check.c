@@ -113,6 +113,13 @@ static void check_window(Check *c, BaleImage *image, uint64_t begin,
     }
 }
 
+static bool check_no_memory(GError **errp)
+{
+    g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_NO_MEMORY,
+                "no memory for a check");
+    return false;
+}
+
 static bool check_clusters(Check *c, BaleImage *image, GError **errp)
 {
     BaleStore *s = c->s;
@@ -122,9 +129,7 @@ static bool check_clusters(Check *c, BaleImage *image, GError **errp)
     uint64_t pos = 0;
 
     if (!buf) {
-        g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_NO_MEMORY,
-                    "no memory for a check");
-        return false;
+        return check_no_memory(errp);
     }
     c->result->clusters_total +=
         bale_size_clusters(size, s->cluster_size);
@@ -219,11 +224,14 @@ static bool check_layers(Check *c, GError **errp)
 
     pthread_mutex_lock(&s->admin_lock);
     n = s->catalogue->layers->len;
-    ids = g_new(uint32_t, n);
-    for (guint i = 0; i < n; i++) {
+    ids = g_try_new(uint32_t, n + 1);
+    for (guint i = 0; ids && i < n; i++) {
         ids[i] = g_array_index(s->catalogue->layers, BaleLayerEntry, i).id;
     }
     pthread_mutex_unlock(&s->admin_lock);
+    if (!ids) {
+        return check_no_memory(errp);
+    }
     for (guint i = 0; ok && i < n && !c->stopped; i++) {
         GError *err = NULL;
         BaleImage *image = check_open_layer(c, ids[i], &err);
@@ -287,9 +295,7 @@ static bool check_counters(Check *c, GError **errp)
     count.live = g_try_new0(uint64_t, n + 1);
     if (!count.live) {
         pthread_rwlock_unlock(&s->session_lock);
-        g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_NO_MEMORY,
-                    "no memory for a check");
-        return false;
+        return check_no_memory(errp);
     }
     g_hash_table_iter_init(&iter, s->layers);
     while (g_hash_table_iter_next(&iter, NULL, &layer)) {

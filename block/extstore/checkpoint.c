@@ -255,16 +255,14 @@ static int writer_index(CheckpointWriter *w, BaleLayer *layer)
     if (!chunk) {
         return -ENOMEM;
     }
-    for (uint64_t c = 0; c < layer->chunks; c++) {
+    for (uint64_t c = bale_layer_next_chunk(layer, 0); c < layer->chunks;
+         c = bale_layer_next_chunk(layer, c + 1)) {
         uint64_t first = c * BALE_CHUNK_CLUSTERS;
         uint32_t n = MIN(clusters - first, BALE_CHUNK_CLUSTERS);
         BalePart part = { .kind = BALE_PART_INDEX,
                           .a = layer->id, .b = first };
         int ret;
 
-        if (!__atomic_load_n(&layer->chunk_entries[c], __ATOMIC_RELAXED)) {
-            continue;
-        }
         for (uint32_t i = 0; i < n; i++) {
             bale_put_le64(chunk + i * 8,
                           bale_index_find(layer->index, first + i));

@@ -437,16 +437,14 @@ static uint64_t decoder_clusters(Decoder *d, uint64_t size)
 }
 
 /*
- * Is the parent of the @i-th layer as it must be?  Parents come first, so their
- * depth is known: a walk to the parents ends, and after how many steps.
+ * Is the parent of layer @e as it must be?  Parents come first, so their depth
+ * is known: a walk to the parents ends, and after how many steps.
  */
-static bool layer_parent_valid(Decoder *d, guint i, uint32_t *depth)
+static bool layer_parent_valid(Decoder *d, BaleLayerEntry *e)
 {
-    const BaleLayerEntry *e =
-        &g_array_index(d->cat->layers, BaleLayerEntry, i);
     const BaleLayerEntry *parent;
 
-    depth[i] = 1;
+    e->depth = 1;
     if (!e->parent) {
         return e->parent_clusters == 0;
     }
@@ -456,15 +454,14 @@ static bool layer_parent_valid(Decoder *d, guint i, uint32_t *depth)
                     !BALE_PLANTED(generation_unchecked))) {
         return false;
     }
-    depth[i] += depth[parent - (BaleLayerEntry *)d->cat->layers->data];
-    return depth[i] <= BALE_LAYER_DEPTH_MAX &&
+    e->depth += parent->depth;
+    return e->depth <= BALE_LAYER_DEPTH_MAX &&
            e->parent_clusters <= decoder_clusters(d, parent->size) &&
            e->parent_clusters <= decoder_clusters(d, e->size);
 }
 
 static bool decode_layers(Decoder *d, uint32_t n)
 {
-    g_autofree uint32_t *depth = NULL;
     uint32_t last = 0;
 
     for (uint32_t i = 0; i < n; i++) {
@@ -489,9 +486,9 @@ static bool decode_layers(Decoder *d, uint32_t n)
         last = e.id;
         g_array_append_val(d->cat->layers, e);
     }
-    depth = g_new(uint32_t, d->cat->layers->len);
     for (guint i = 0; i < d->cat->layers->len; i++) {
-        if (!layer_parent_valid(d, i, depth)) {
+        if (!layer_parent_valid(d, &g_array_index(d->cat->layers,
+                                                  BaleLayerEntry, i))) {
             return false;
         }
     }

@@ -268,6 +268,7 @@ typedef struct BaleLayerEntry {
     uint32_t generation;     /* higher than the parent's */
     uint64_t size;           /* bytes */
     uint64_t parent_clusters; /* of the parent only those below are seen */
+    uint32_t depth;          /* layers from this one down; set by decode only */
 } BaleLayerEntry;
 
 /* A layer that was merged into another, which has its clusters now. */

@@ -60,13 +60,66 @@ uint64_t bale_layer_find(BaleLayer *layer, uint64_t cluster)
     return value;
 }
 
+/* Where the group of counters that has @chunk is, or will be. */
+static uint32_t **layer_group(BaleLayer *layer, uint64_t chunk)
+{
+    uint32_t **groups =
+        __atomic_load_n(&layer->chunk_groups, __ATOMIC_ACQUIRE);
+
+    return &groups[chunk / BALE_CHUNK_GROUP];
+}
+
+uint32_t *bale_layer_chunk(BaleLayer *layer, uint64_t chunk)
+{
+    uint32_t *group = __atomic_load_n(layer_group(layer, chunk),
+                                      __ATOMIC_ACQUIRE);
+
+    return group ? &group[chunk % BALE_CHUNK_GROUP] : NULL;
+}
+
+uint32_t *bale_layer_chunk_make(BaleLayer *layer, uint64_t chunk)
+{
+    uint32_t **where = layer_group(layer, chunk);
+    uint32_t *group = __atomic_load_n(where, __ATOMIC_ACQUIRE);
+
+    if (!group) {
+        uint32_t *made = g_try_new0(uint32_t, BALE_CHUNK_GROUP);
+
+        if (!made) {
+            return NULL;
+        }
+        if (__atomic_compare_exchange_n(where, &group, made, false,
+                                        __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+            group = made;
+        } else {
+            g_free(made); /* somebody was faster */
+        }
+    }
+    return &group[chunk % BALE_CHUNK_GROUP];
+}
+
+uint64_t bale_layer_next_chunk(BaleLayer *layer, uint64_t chunk)
+{
+    while (chunk < layer->chunks) {
+        uint32_t *entries = bale_layer_chunk(layer, chunk);
+
+        if (!entries) {
+            chunk = (chunk | (BALE_CHUNK_GROUP - 1)) + 1;
+        } else if (__atomic_load_n(entries, __ATOMIC_RELAXED)) {
+            return chunk;
+        } else {
+            chunk++;
+        }
+    }
+    return layer->chunks;
+}
+
 static bool layer_chunk_used(BaleLayer *layer, uint64_t cluster)
 {
-    uint32_t *entries =
-        __atomic_load_n(&layer->chunk_entries, __ATOMIC_ACQUIRE);
+    uint32_t *entries = bale_layer_chunk(layer,
+                                         cluster / BALE_CHUNK_CLUSTERS);
 
-    return __atomic_load_n(&entries[cluster / BALE_CHUNK_CLUSTERS],
-                           __ATOMIC_RELAXED);
+    return entries && __atomic_load_n(entries, __ATOMIC_RELAXED);
 }
 
 /*
@@ -177,9 +230,12 @@ bool bale_image_shows_layer(BaleImage *image, uint32_t id)
 int bale_layer_index_set(BaleLayer *layer, uint64_t cluster, uint64_t value,
                          uint64_t *old)
 {
-    uint64_t was = 0;
-    uint32_t *entries = &layer->chunk_entries[cluster / BALE_CHUNK_CLUSTERS];
-    int ret = bale_index_set(layer->index, cluster, value, &was);
+    uint64_t was = 0, chunk = cluster / BALE_CHUNK_CLUSTERS;
+    uint32_t *entries = value ? bale_layer_chunk_make(layer, chunk)
+                              : bale_layer_chunk(layer, chunk);
+    int ret = value && !entries
+                  ? -ENOMEM
+                  : bale_index_set(layer->index, cluster, value, &was);
 
     if (ret < 0) {
         return ret;
@@ -198,10 +254,16 @@ int bale_layer_index_set(BaleLayer *layer, uint64_t cluster, uint64_t value,
 int bale_layer_index_adopt(BaleLayer *layer, uint64_t cluster, uint64_t value,
                            bool undo)
 {
-    uint32_t *entries = &layer->chunk_entries[cluster / BALE_CHUNK_CLUSTERS];
-    int ret = undo ? bale_index_update(layer->index, cluster, value, 0, NULL)
-                   : bale_index_update(layer->index, cluster, 0, value, NULL);
+    uint64_t chunk = cluster / BALE_CHUNK_CLUSTERS;
+    uint32_t *entries = undo ? bale_layer_chunk(layer, chunk)
+                             : bale_layer_chunk_make(layer, chunk);
+    int ret;
 
+    if (!entries) {
+        return undo ? 0 : -ENOMEM; /* nothing was adopted there */
+    }
+    ret = undo ? bale_index_update(layer->index, cluster, value, 0, NULL)
+               : bale_index_update(layer->index, cluster, 0, value, NULL);
     if (ret == 0 && undo) {
         __atomic_fetch_sub(entries, 1, __ATOMIC_RELAXED);
     } else if (ret == 0) {
@@ -249,7 +311,7 @@ static bool layer_removed(uint64_t cluster, uint64_t value, void *opaque)
 {
     BaleLayer *layer = opaque;
 
-    __atomic_fetch_sub(&layer->chunk_entries[cluster / BALE_CHUNK_CLUSTERS],
+    __atomic_fetch_sub(bale_layer_chunk(layer, cluster / BALE_CHUNK_CLUSTERS),
                        1, __ATOMIC_RELAXED);
     /* During recovery live bytes are not counted yet. */
     if (layer->store->session) {
@@ -299,28 +361,30 @@ int bale_layer_reserve(BaleLayer *layer, uint64_t size)
     unsigned key_bits = layer_key_bits(chunks * BALE_CHUNK_CLUSTERS);
 
     if (!layer->index || chunks > layer->chunks) {
-        uint32_t *entries = g_try_new0(uint32_t, chunks);
+        uint32_t **groups = g_try_new0(uint32_t *,
+                                       chunks / BALE_CHUNK_GROUP + 1);
         BaleIndex *index = bale_index_new(key_bits, 0, s->epoch);
         BaleIndex *old = layer->index;
 
-        if (!entries || !index ||
+        if (!groups || !index ||
             (old && !bale_index_foreach(old, layer_copy_entry, index))) {
-            g_free(entries);
+            g_free(groups);
             bale_index_free(index);
             return -ENOMEM;
         }
         if (old) {
-            uint32_t *old_entries = layer->chunk_entries;
+            uint32_t **old_groups = layer->chunk_groups;
 
-            memcpy(entries, old_entries, layer->chunks * sizeof(*entries));
-            __atomic_store_n(&layer->chunk_entries, entries,
-                             __ATOMIC_RELEASE);
+            memcpy(groups, old_groups,
+                   ((layer->chunks - 1) / BALE_CHUNK_GROUP + 1) *
+                       sizeof(*groups));
+            __atomic_store_n(&layer->chunk_groups, groups, __ATOMIC_RELEASE);
             __atomic_store_n(&layer->index, index, __ATOMIC_RELEASE);
             bale_epoch_defer(s->epoch, layer_retire_index, old);
-            bale_epoch_defer(s->epoch, g_free, old_entries);
+            bale_epoch_defer(s->epoch, g_free, old_groups);
             bale_epoch_poll(s->epoch);
         } else {
-            layer->chunk_entries = entries;
+            layer->chunk_groups = groups;
             layer->index = index;
         }
         layer->chunks = chunks;
@@ -365,7 +429,10 @@ void bale_layer_free(BaleLayer *layer)
     if (layer) {
         bale_index_free(layer->index);
         bale_patch_table_free(layer->patches);
-        g_free(layer->chunk_entries);
+        for (uint64_t i = 0; i < layer->chunks; i += BALE_CHUNK_GROUP) {
+            g_free(layer->chunk_groups[i / BALE_CHUNK_GROUP]);
+        }
+        g_free(layer->chunk_groups);
         g_free(layer);
     }
 }

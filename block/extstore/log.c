@@ -743,7 +743,7 @@ int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
     g_array_append_val(wb->directory, entry);
     s->stats.records_appended++;
     if (bucket != BALE_BUCKET_META) {
-        bale_maintain_appended(s, size);
+        bale_maintain_appended(s, size, r);
     }
     pthread_mutex_unlock(&s->log_lock);
 

@@ -30,6 +30,12 @@
 #define CHECKPOINT_BYTES (1ull << 30)
 /* ... but at least so many times the size of the last one. */
 #define CHECKPOINT_SIZES 32u
+/*
+ * What a cluster of a range of zeroes counts for: it costs an open as much
+ * memory as one of data, but nothing on the device before there is a
+ * checkpoint (see BALE_OPEN_MEMORY_BASE).
+ */
+#define CHECKPOINT_ZERO_BYTES 1024u
 /* When so much time has passed, or the store is idle, less is enough. */
 #define CHECKPOINT_TIME_US (300ull * G_USEC_PER_SEC)
 #define CHECKPOINT_TIME_BYTES (16ull << 20)
@@ -131,12 +137,16 @@ static void maintain_release(BaleStore *s)
 
 /* --- checkpoints; under log_lock --- */
 
-void bale_maintain_appended(BaleStore *s, uint32_t bytes)
+void bale_maintain_appended(BaleStore *s, uint32_t bytes,
+                            const BaleRecord *r)
 {
     uint64_t limit = s->options.checkpoint_bytes;
     bool first = s->appended == s->checkpoint_base;
 
     s->appended += bytes;
+    if (r->type == BALE_RECORD_ZERO) {
+        s->appended += (uint64_t)r->count * CHECKPOINT_ZERO_BYTES;
+    }
     if (!limit) {
         limit = MAX(CHECKPOINT_BYTES, CHECKPOINT_SIZES * s->checkpoint_size);
     }

@@ -22,6 +22,9 @@
 
 #include "util/planted.h"
 
+/* What a byte of a catalogue takes, in bytes that are verified. */
+#define CATALOGUE_EFFORT 16ull
+
 static int entry_compare(const void *a, const void *b)
 {
     const ScanEntry *x = a, *y = b;
@@ -65,7 +68,11 @@ static int scan_catalogue(Scan *scan, const ScanEntry *e, BaleCatalogue **cat)
     BaleStore *s = scan->s;
     const uint8_t *payload;
     BaleRecord r;
+    int ret = bale_limit_read(s, CATALOGUE_EFFORT * e->payload_len);
 
+    if (ret < 0) {
+        return ret;
+    }
     if (bale_scan_record(scan, e->page, e->address - page_address(s, e->page),
                          e->payload_len + BALE_RECORD_HEADER_LEN, &r,
                          &payload) == 0 &&
@@ -127,6 +134,11 @@ static int apply_make_layers(Scan *scan)
         g_array_append_vals(seen, s->catalogue->layers->data,
                             s->catalogue->layers->len);
     }
+    ret = bale_limit_layers(s, newest);
+    if (ret < 0) {
+        bale_catalogue_free(newest);
+        return ret;
+    }
     ret = bale_catalogue_install(s, newest);
     for (guint i = 0; ret == 0 && i < seen->len; i++) {
         BaleLayerEntry *e = &g_array_index(seen, BaleLayerEntry, i);
@@ -135,7 +147,8 @@ static int apply_make_layers(Scan *scan)
         BaleLayer *layer = id ? bale_layer_get(s, id) : NULL;
 
         if (layer && e->size > layer->size) {
-            ret = bale_layer_reserve(layer, e->size);
+            ret = bale_limit_layer(s, e->size);
+            ret = ret == 0 ? bale_layer_reserve(layer, e->size) : ret;
             layer->size = e->size;
         }
     }
@@ -237,9 +250,11 @@ static int apply_drop_stale(Scan *scan)
 static int apply_range(Scan *scan, BaleLayer *layer, uint64_t clusters,
                        const ScanEntry *e)
 {
+    BaleStore *s = scan->s;
     uint64_t value = e->type == BALE_RECORD_ZERO ? bale_value(e->address, 0)
                                                  : 0;
     uint64_t end = e->cluster + e->count;
+    int ret = 0;
 
     if (e->cluster >= clusters) {
         return 0;
@@ -251,13 +266,13 @@ static int apply_range(Scan *scan, BaleLayer *layer, uint64_t clusters,
         bale_layer_clear_from(layer, e->cluster);
         return 0;
     }
-    for (uint64_t c = e->cluster; c < MIN(end, clusters); c++) {
-        if (apply_wanted(scan, layer, e, c) &&
-            bale_layer_index_set(layer, c, value, NULL) < 0) {
-            return -ENOMEM;
+    for (uint64_t c = e->cluster; ret == 0 && c < MIN(end, clusters); c++) {
+        ret = bale_limit_cluster(s);
+        if (ret == 0 && apply_wanted(scan, layer, e, c)) {
+            ret = bale_layer_index_set(layer, c, value, NULL);
         }
     }
-    return 0;
+    return ret;
 }
 
 static void apply_patch(BaleStore *s, BaleLayer *layer, const ScanEntry *e)
@@ -280,6 +295,7 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
     uint64_t clusters;
     BaleLayer *layer = bale_layer_of_record(s, e->layer, &clusters);
     BalePage *p = bale_page(s, e->page);
+    int ret;
 
     s->next_seq = MAX(s->next_seq, e->seq + 1);
     p->first_seq = MIN(p->first_seq, e->seq);
@@ -297,8 +313,9 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
             return 0;
         }
         s->recovered_records++;
-        if (!apply_wanted(scan, layer, e, e->cluster)) {
-            return 0;
+        ret = bale_limit_cluster(s);
+        if (ret < 0 || !apply_wanted(scan, layer, e, e->cluster)) {
+            return ret;
         }
         apply_hide_patches(layer, e->cluster, 1);
         return bale_layer_index_set(
@@ -359,7 +376,9 @@ static int apply_patches_left(BaleStore *s, BaleLayer *layer)
         top = e->layer == layer->id ? e : NULL;
     }
     if (top) {
-        image = bale_image_new(s, layer, NULL);
+        ret = bale_limit_patched(s,
+                                 g_hash_table_size(layer->patches->clusters));
+        image = ret == 0 ? bale_image_new(s, layer, NULL) : NULL;
         if (!image) {
             return -ENOMEM;
         }

@@ -88,6 +88,13 @@ int bale_recover_record(BaleStore *s, uint64_t address, uint64_t version,
     return 0;
 }
 
+bool bale_checkpoint_part_fits(BaleStore *s, const BalePart *part,
+                               uint64_t *total)
+{
+    *total += BALE_RECORD_HEADER_LEN + (uint64_t)part->payload_len;
+    return *total <= s->dev_info.size;
+}
+
 /* --- the page table --- */
 
 static int load_page(Checkpoint *c, uint64_t page, const BalePageEntry *e)
@@ -131,7 +138,10 @@ static int load_page(Checkpoint *c, uint64_t page, const BalePageEntry *e)
 static int load_pages(Checkpoint *c, const BalePart *part,
                       const uint8_t *payload)
 {
-    int ret = part->a + part->b > c->root.pages ? -EIO : 0;
+    int ret = part->b > c->root.pages ||
+                      part->a > c->root.pages - part->b
+                  ? -EIO
+                  : 0;
 
     for (uint64_t i = 0; ret == 0 && i < part->b; i++) {
         BalePageEntry e;
@@ -171,9 +181,15 @@ static int load_catalogue(Checkpoint *c, const BalePart *part)
     }
     ret = bale_catalogue_decode(&cat, r.type, s->cluster_size, payload,
                                 r.payload_len);
-    if (ret == 0) {
-        ret = bale_catalogue_install(s, cat);
+    if (ret < 0) {
+        return ret;
     }
+    ret = bale_limit_layers(s, cat);
+    if (ret < 0) {
+        bale_catalogue_free(cat);
+        return ret;
+    }
+    ret = bale_catalogue_install(s, cat);
     if (ret < 0) {
         return ret;
     }
@@ -239,6 +255,23 @@ static int load_root(BaleStore *s, const BaleCheckpointRef *ref,
     return ret;
 }
 
+/* Are all parts well formed, and can all of them be there? */
+static int check_parts(Checkpoint *c)
+{
+    uint64_t total = 0;
+
+    for (uint32_t i = 0; i < c->root.parts; i++) {
+        BalePart part;
+
+        if (bale_part_decode(&part, c->payload + BALE_ROOT_FIXED_LEN +
+                                        i * BALE_PART_LEN) < 0 ||
+            !bale_checkpoint_part_fits(c->s, &part, &total)) {
+            return -EIO;
+        }
+    }
+    return 0;
+}
+
 int bale_checkpoint_open(Checkpoint *c, BaleStore *s,
                          const BaleCheckpointRef *ref, bool exact)
 {
@@ -251,6 +284,9 @@ int bale_checkpoint_open(Checkpoint *c, BaleStore *s,
                    : (s->dev_info.size - BALE_SUPER_SIZE) / s->page_size + 1;
     c->stale = g_array_new(FALSE, FALSE, sizeof(StaleCluster));
     ret = load_root(s, ref, &c->root, &c->payload);
+    if (ret == 0) {
+        ret = check_parts(c);
+    }
     if (ret < 0) {
         return ret;
     }

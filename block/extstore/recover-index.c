@@ -22,6 +22,8 @@
 #define LOAD_THREADS_MAX 4u
 /* Values in a group; larger ones are not loaded as a whole. */
 #define LOAD_GROUP_MAX (1u << 20)
+/* Groups between two looks at the memory that they take. */
+#define LIMIT_GROUPS 256u
 
 /* Bytes that are read at once: parts that lie near each other. */
 #define LOAD_WINDOW_LEN (2u << 20)
@@ -43,6 +45,7 @@ typedef struct Loader {
     pthread_mutex_t lock;
     guint next;      /* part; under lock */
     int ret;         /* under lock */
+    unsigned groups; /* loaded; under lock */
 } Loader;
 
 typedef struct LoadThread {
@@ -70,7 +73,7 @@ static int load_values(LoadThread *t, const LoadPart *p,
 {
     Checkpoint *c = t->l->c;
     uint64_t *values = t->values + (p->part.b - p->group);
-    uint32_t entries = 0;
+    uint32_t entries = 0, *counter;
 
     for (uint32_t i = 0; i < p->part.payload_len / 8; i++) {
         uint64_t value = bale_get_le64(payload + i * 8);
@@ -95,7 +98,12 @@ static int load_values(LoadThread *t, const LoadPart *p,
         }
         entries++;
     }
-    p->layer->chunk_entries[p->part.b / BALE_CHUNK_CLUSTERS] = entries;
+    counter = bale_layer_chunk_make(p->layer,
+                                    p->part.b / BALE_CHUNK_CLUSTERS);
+    if (!counter) {
+        return -ENOMEM;
+    }
+    *counter = entries;
     return 0;
 }
 
@@ -208,6 +216,9 @@ static void *load_main(void *opaque)
         pthread_mutex_unlock(&l->lock);
         ret = load_group(t, first, end);
         pthread_mutex_lock(&l->lock);
+        if (ret == 0 && ++l->groups % LIMIT_GROUPS == 0) {
+            ret = bale_limit_memory(l->c->s);
+        }
         l->ret = l->ret < 0 ? l->ret : ret;
     }
     pthread_mutex_unlock(&l->lock);

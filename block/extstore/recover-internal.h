@@ -7,6 +7,7 @@
  *     recover-tail.c        finds what was appended after a checkpoint
  *     recover-scan.c        walks pages; tells torn tails from damage
  *     recover-apply.c       applies what was found, in order of sequence
+ *     recover-limit.c       how much memory and work all that may take
  *
  * Threads: the one that opens the store.
  *
@@ -118,6 +119,22 @@ typedef enum RecoverResult {
     RECOVER_FAILED,  /* errp is set */
 } RecoverResult;
 
+/* recover-limit.c; what returns an int: 0, or a negative errno above it */
+void bale_limit_init(BaleStore *s);
+/* A layer is made, or made larger, for @size; all of those in @cat are. */
+int bale_limit_layer(BaleStore *s, uint64_t size);
+int bale_limit_layers(BaleStore *s, const BaleCatalogue *cat);
+/* What the indexes have come to. */
+int bale_limit_memory(BaleStore *s);
+/* An image is about to load patches of so many clusters. */
+int bale_limit_patched(BaleStore *s, uint64_t clusters);
+/* So many bytes are read or verified. */
+int bale_limit_read(BaleStore *s, uint64_t bytes);
+/* A record is applied to a cluster. */
+int bale_limit_cluster(BaleStore *s);
+/* If s->limit_exceeded is set: say so, instead of what @errp says. */
+void bale_limit_set_error(BaleStore *s, GError **errp);
+
 /* recover-scan.c */
 bool bale_recover_scan(BaleStore *s, GError **errp);
 int bale_scan_init(Scan *scan, BaleStore *s);
@@ -166,6 +183,12 @@ int bale_checkpoint_open(Checkpoint *c, BaleStore *s,
 void bale_checkpoint_close(Checkpoint *c);
 /* recover-index.c: the index, by several threads.  0, -ENOMEM, -EIO. */
 int bale_checkpoint_load_index(Checkpoint *c);
+/*
+ * Add to *@total what @part's record takes.  No two parts have one record, so
+ * that all of them fit on the device.
+ */
+bool bale_checkpoint_part_fits(BaleStore *s, const BalePart *part,
+                               uint64_t *total);
 /* Catalogue and index.  0, -ENOMEM, -EIO. */
 int bale_checkpoint_load(Checkpoint *c);
 /* What the checkpoint and the one before it, @previous, consist of is live. */

@@ -50,9 +50,12 @@ const uint8_t *bale_scan_read(Scan *scan, uint64_t page, uint64_t offset,
             end = MAX(end, MIN(begin + SEARCH_WINDOW, scan->s->page_size));
         }
         scan->window_end = 0;
-        scan->ret = bale_device_get_sync(scan->s->dev,
-                                         page_address(scan->s, page) + begin,
-                                         scan->buf, end - begin);
+        scan->ret = bale_limit_read(scan->s, end - begin);
+        if (scan->ret == 0) {
+            scan->ret = bale_device_get_sync(
+                scan->s->dev, page_address(scan->s, page) + begin, scan->buf,
+                end - begin);
+        }
         if (scan->ret < 0) {
             return NULL;
         }
@@ -101,6 +104,9 @@ int bale_scan_record(Scan *scan, uint64_t page, uint64_t offset,
             return scan->ret;
         }
     }
+    if (ret == 0) {
+        ret = scan->ret = bale_limit_read(s, r->payload_len);
+    }
     return ret < 0 ? ret
                    : bale_record_verify(r, seed, s->cluster_size, p, avail,
                                         payload);
@@ -129,6 +135,8 @@ static int scan_directory(Scan *scan, uint64_t page, uint64_t begin,
                           uint64_t end, const uint8_t *p, uint32_t len,
                           ScanSegment *segment)
 {
+    uint64_t from = begin;
+
     segment->first_entry = scan->entries->len;
     if (len % BALE_DIRECTORY_ENTRY_LEN) {
         return -EIO;
@@ -136,7 +144,8 @@ static int scan_directory(Scan *scan, uint64_t page, uint64_t begin,
     for (uint32_t i = 0; i < len / BALE_DIRECTORY_ENTRY_LEN; i++) {
         BaleDirectoryEntry e;
 
-        if (bale_directory_entry_decode(&e, begin, end,
+        /* In order, and no two in one place: so they are not too many. */
+        if (bale_directory_entry_decode(&e, from, end,
                                         scan->s->cluster_size,
                                         p + i * BALE_DIRECTORY_ENTRY_LEN) <
             0) {
@@ -144,6 +153,7 @@ static int scan_directory(Scan *scan, uint64_t page, uint64_t begin,
             return -EIO;
         }
         scan_add_entry(scan, page, &e.record, e.offset);
+        from = e.offset + bale_record_size(&e.record);
     }
     segment->entries = scan->entries->len - segment->first_entry;
     return 0;
@@ -503,6 +513,7 @@ void bale_scan_checkpoint(Scan *scan)
 {
     const BaleCheckpointRef *ref = &scan->s->super.checkpoint;
     g_autofree uint8_t *payload = NULL;
+    uint64_t parts_len = 0;
     BaleRecord r;
     BaleRoot root;
 
@@ -520,7 +531,8 @@ void bale_scan_checkpoint(Scan *scan)
 
         if (bale_part_decode(&part, payload + BALE_ROOT_FIXED_LEN +
                                         i * BALE_PART_LEN) == 0 &&
-            part.kind == BALE_PART_PAGES) {
+            part.kind == BALE_PART_PAGES &&
+            bale_checkpoint_part_fits(scan->s, &part, &parts_len)) {
             scan_checkpoint_pages(scan, &part);
         }
     }

@@ -45,6 +45,9 @@ static RecoverResult recover_from(BaleStore *s, const BaleCheckpointRef *ref,
     }
     result = clean ? bale_recover_exact(s, errp)
                    : bale_recover_tail(s, ref, errp);
+    if (result == RECOVER_DAMAGED && s->limit_exceeded) {
+        return RECOVER_FAILED;
+    }
     if (result == RECOVER_DAMAGED) {
         g_ptr_array_set_size(s->recover_reports, 0);
         bale_recover_report(s, "the checkpoint at address %" PRIu64
@@ -83,7 +86,11 @@ bool bale_recover(BaleStore *s, GError **errp)
         return false;
     }
     s->recover_reports = g_ptr_array_new_with_free_func(g_free);
+    bale_limit_init(s);
     ok = recover_state(s, errp);
+    if (!ok && s->limit_exceeded) {
+        bale_limit_set_error(s, errp);
+    }
     s->damaged_records = s->recover_reports->len;
     for (guint i = 0; i < s->recover_reports->len; i++) {
         if (s->options.damage && !BALE_PLANTED(damage_unreported)) {

@@ -145,11 +145,17 @@ typedef struct BaleWorkerContext {
 } BaleWorkerContext;
 
 /* A set of clusters (layer.c). */
+#define BALE_CHUNK_GROUP 1024u
+
 struct BaleLayer {
     BaleStore *store;        /* constant, as is id */
     uint32_t id;
     BaleIndex *index;        /* cluster -> value; latch-free */
-    uint32_t *chunk_entries; /* per BALE_CHUNK_CLUSTERS; atomic */
+    /*
+     * How many entries each BALE_CHUNK_CLUSTERS have, in groups that are made
+     * when they are needed: a huge layer that holds nothing is small.
+     */
+    uint32_t **chunk_groups; /* BALE_CHUNK_GROUP counters or NULL; atomic */
     uint64_t chunks;
     uint64_t size;           /* bytes; changes under session_lock */
     /* What lies under it; atomic, see layers_seq. */
@@ -257,6 +263,10 @@ struct BaleStore {
     int corrupt;             /* atomic bool */
     bool checkpoint_damaged; /* when the store was opened */
     GPtrArray *recover_reports; /* char *, while it is being opened */
+    /* What opening may take, and takes: recover-limit.c. */
+    uint64_t limit_memory, limit_read, limit_clusters;
+    uint64_t limit_reserved, read_bytes, set_clusters;
+    const char *limit_exceeded; /* static; NULL: nothing */
 
     pthread_mutex_t log_lock;
     pthread_cond_t log_cond; /* a buffer is free, a page opened, progress */
@@ -288,7 +298,8 @@ struct BaleStore {
     /* Appends that may not be in the index yet, before and after a mark. */
     unsigned appending[2];
     unsigned append_phase;   /* where those that begin now are counted */
-    uint64_t appended;       /* bytes of records, but for metadata */
+    uint64_t appended;       /* bytes of records, but for metadata; zeroes
+                              * count for more: maintain.c */
 
     /* The maintenance thread; under log_lock. */
     pthread_cond_t maintain_cond;
@@ -397,8 +408,9 @@ void bale_maintain_signal(BaleStore *s, bool release, bool look);
 void bale_maintain_settle(BaleStore *s);
 /* The same until no page is dying, as far as a few flushes do it. */
 int bale_maintain_free(BaleStore *s);
-/* Under log_lock: @bytes were appended; a checkpoint may be due. */
-void bale_maintain_appended(BaleStore *s, uint32_t bytes);
+/* Under log_lock: @r, @bytes long, was appended; a checkpoint may be due. */
+void bale_maintain_appended(BaleStore *s, uint32_t bytes,
+                            const BaleRecord *r);
 /* On the thread, which is on a long errand: should it stop that? */
 bool bale_maintain_wanted(BaleStore *s);
 /* Wait for one round of making space.  False: there is none to be made. */
@@ -514,6 +526,12 @@ void bale_layer_unref(BaleLayer *layer);
 /* ... when nobody walks through it any more. */
 void bale_layer_unref_later(BaleLayer *layer);
 uint64_t bale_layer_clusters(const BaleLayer *layer);
+/* The counter of @chunk's entries; NULL: it has none.  In the epoch. */
+uint32_t *bale_layer_chunk(BaleLayer *layer, uint64_t chunk);
+/* The same, made if it is not there; NULL: no memory. */
+uint32_t *bale_layer_chunk_make(BaleLayer *layer, uint64_t chunk);
+/* The first chunk from @chunk on that has entries, or layer->chunks. */
+uint64_t bale_layer_next_chunk(BaleLayer *layer, uint64_t chunk);
 /*
  * Make room for @size, which may need a larger index: -ENOMEM.  No write is
  * under way, or session_lock is held for writing.

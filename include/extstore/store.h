@@ -70,6 +70,28 @@ typedef void BaleDone(void *opaque, int ret);
 #define BALE_LAYER_DEPTH_MAX      256u  /* layers of one image */
 #define BALE_REQUEST_MAX          (64u << 20) /* bytes of one read or write */
 
+/*
+ * What opening a store on a device of N bytes takes at most, whatever lies on
+ * it, beside the cache and the compression threads' buffers:
+ *
+ *   memory   BALE_OPEN_MEMORY_BASE + BALE_OPEN_MEMORY_FACTOR * N for layers,
+ *            unfinished clusters and indexes (16 bytes a cluster; three times
+ *            as much while an index is replaced by a larger one), and 8 * N
+ *            for lists of what was found
+ *   work     BALE_OPEN_READ_BASE + BALE_OPEN_READ_FACTOR * N bytes read, and
+ *            so many verified; BALE_OPEN_CLUSTERS_BASE clusters, and one more
+ *            for each BALE_OPEN_CLUSTER_BYTES of N, set by records
+ *
+ * What would take more does not open, unless BaleOpenOptions.repair is set.
+ * Checkpoints make sure that no store of ours does.
+ */
+#define BALE_OPEN_MEMORY_BASE     (128ull << 20)
+#define BALE_OPEN_MEMORY_FACTOR   16u
+#define BALE_OPEN_READ_BASE       (1ull << 30)
+#define BALE_OPEN_READ_FACTOR     64u
+#define BALE_OPEN_CLUSTERS_BASE   (1ull << 28)
+#define BALE_OPEN_CLUSTER_BYTES   16u
+
 /* Error domain of open, create and check. */
 #define BALE_STORE_ERROR (bale_store_error_quark())
 GQuark bale_store_error_quark(void);

@@ -159,6 +159,9 @@ uint64_t bale_index_remove_from(BaleIndex *index, uint64_t first_key,
  */
 bool bale_index_grow_step(BaleIndex *index);
 
+/* Only the member @bytes of the above, for who asks often. */
+uint64_t bale_index_bytes(BaleIndex *index);
+
 /* Cheap: counters and one step per segment. */
 void bale_index_get_stats(BaleIndex *index, BaleIndexStats *stats);
 
