@@ -1,0 +1,22 @@
+/*
+ * libFuzzer target: roots, page tables and index parts of checkpoints, and
+ * the superblocks that name them (see stores.c).
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "stores.h"
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+int LLVMFuzzerInitialize(int *argc, char ***argv);
+
+int LLVMFuzzerInitialize(int *argc, char ***argv)
+{
+    stores_init();
+    return 0;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    stores_fuzz(data, size, AIM_CHECKPOINT | AIM_SUPER);
+    return 0;
+}
