@@ -287,7 +287,7 @@ static unsigned load_groups(Loader *l)
 
 static int thread_init(LoadThread *t, Loader *l)
 {
-    t->l = l;
+    *t = (LoadThread){ .l = l };
     t->values = bale_memory_try_alloc_huge(LOAD_GROUP_MAX *
                                            sizeof(*t->values));
     t->buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, LOAD_WINDOW_LEN);

@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../../block/extstore/format.h"
+#include "../../block/extstore/store-internal.h"
 #include "stores.h"
 
 #define CLUSTER_SIZE 4096u

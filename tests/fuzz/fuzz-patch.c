@@ -1,5 +1,6 @@
 /*
- * libFuzzer target: patch records, and the directories that name them (see stores.c).
+ * libFuzzer target: patch records, and the directories that name them (see
+ * stores.c).
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */

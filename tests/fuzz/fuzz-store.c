@@ -16,8 +16,6 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    stores_fuzz(data, size, AIM_SUPER | AIM_PAGE | AIM_CHECKPOINT | AIM_CATALOGUE |
-                               AIM_PATCH | AIM_SEGMENT | AIM_DATA |
-                               AIM_BLOCK);
+    stores_fuzz(data, size, AIM_ANY);
     return 0;
 }

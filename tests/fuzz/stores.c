@@ -7,7 +7,7 @@
  * done with it, and edits: each takes a record (by kind), a page header, a
  * superblock or any block, a place in it, and what to put there: bytes, a
  * number that is often wrong, or a small step up or down.  Then every checksum
- * that was right before is made right again (tests/forge).  So the mutator
+ * that was right before is made right again (forge.c).  So the mutator
  * needs to know nothing of checksums, and inputs stay short.
  *
  * Anything but a crash, a hang, a leak or much memory is fine.
@@ -23,8 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../forge/forge.h"
-#include "../sim/inline.h"
+#include "forge.h"
 #include "extstore/store.h"
 
 #define EDITS_MAX 16
@@ -138,7 +137,7 @@ static void base_layers(BaleStore *s, BaleImage *image, const uint8_t *buf)
 
 static void base_make(Base *b, unsigned kind)
 {
-    BaleCreateOptions c = { .size = kind == 9 ? 1ull << 50 : IMAGE_SIZE,
+    BaleCreateOptions c = { .size = kind == 9 ? 1ull << 47 : IMAGE_SIZE,
                             .cluster_size = 4096,
                             .page_size = BALE_PAGE_SIZE_UNIT,
                             .image = kind == 8 ? "disk" : NULL,
@@ -208,7 +207,6 @@ static void base_make(Base *b, unsigned kind)
 
 void stores_init(void)
 {
-    inline_enabled = true;
     g_log_set_default_handler(log_nothing, NULL);
     for (unsigned i = 0; i < BASES; i++) {
         base_make(&bases[i], i);

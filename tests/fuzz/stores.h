@@ -19,6 +19,7 @@ enum {
     AIM_SEGMENT = 1 << 5,    /* segment records and directories */
     AIM_DATA = 1 << 6,       /* data, zero and drop records */
     AIM_BLOCK = 1 << 7,      /* anywhere */
+    AIM_ANY = (1 << 8) - 1,
 };
 
 /* Make the stores to begin with. */

@@ -13,7 +13,7 @@
 #ifndef TESTS_FORGE_H
 #define TESTS_FORGE_H
 
-#include "../../block/extstore/format.h"
+#include "../../block/extstore/store-internal.h"
 #include "extstore/device-sim.h"
 
 /* --- pages from records --- */

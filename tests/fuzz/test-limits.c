@@ -7,7 +7,7 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
-#include "../forge/forge.h"
+#include "forge.h"
 
 #include <glib.h>
 #include <errno.h>
