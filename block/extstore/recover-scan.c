@@ -104,8 +104,8 @@ int bale_scan_record(Scan *scan, uint64_t page, uint64_t offset,
             return scan->ret;
         }
     }
-    if (ret == 0) {
-        ret = scan->ret = bale_limit_read(s, r->payload_len);
+    if (ret == 0 && bale_limit_read(s, r->payload_len) < 0) {
+        ret = scan->ret = -EFBIG;
     }
     return ret < 0 ? ret
                    : bale_record_verify(r, seed, s->cluster_size, p, avail,
