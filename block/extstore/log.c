@@ -457,10 +457,14 @@ static void log_stored(BaleDeviceIo *io, int ret)
         BaleFlushWaiter *waiters;
         bool first;
 
-        wb->failed = true;
         waiters = poison_locked(s, ret, &first);
         pthread_mutex_unlock(&s->log_lock);
         poison_tell(s, waiters, first, ret, "writing a segment");
+        /* Last: whoever closes or revives the store waits for it. */
+        pthread_mutex_lock(&s->log_lock);
+        wb->failed = true;
+        pthread_cond_broadcast(&s->log_cond);
+        pthread_mutex_unlock(&s->log_lock);
         return;
     }
     p = bale_page(s, wb->page);
@@ -511,11 +515,14 @@ static void log_flushed(BaleDeviceIo *io, int ret)
     if (ret < 0 && !BALE_PLANTED(flush_error_ignored)) {
         bool first;
 
-        /* In one step: another flush in between would seem to succeed. */
-        s->flushing = false;
         waiters = poison_locked(s, ret, &first);
         pthread_mutex_unlock(&s->log_lock);
         poison_tell(s, waiters, first, ret, "flushing the device");
+        /* Not before: another flush in between would seem to succeed. */
+        pthread_mutex_lock(&s->log_lock);
+        s->flushing = false;
+        pthread_cond_broadcast(&s->log_cond);
+        pthread_mutex_unlock(&s->log_lock);
         return;
     }
     if (store_failed(s)) {

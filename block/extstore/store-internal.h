@@ -479,7 +479,7 @@ const uint8_t *bale_log_pin(BaleStore *s, uint64_t address,
                             BaleWriteBuffer **pinned, size_t *avail);
 void bale_log_unpin(BaleStore *s, BaleWriteBuffer *wb);
 void bale_store_poison(BaleStore *s, int err, const char *what);
-/* For revive.c: wait until no write and no flush of the log is under way. */
+/* Wait until no write and no flush of the log is under way. */
 void bale_log_settle(BaleStore *s);
 /* The sealed buffer whose segment begins at @offset of @page, or NULL. */
 BaleWriteBuffer *bale_log_sealed(BaleStore *s, uint64_t page, uint64_t offset);

@@ -138,13 +138,22 @@ static void *worker_context_new(void *opaque, unsigned worker, GError **errp)
 
 /* --- making and freeing a BaleStore --- */
 
+/* End what goes on in the background; the device has nothing to do then. */
+static void store_stop(BaleStore *s)
+{
+    bale_maintain_stop(s);
+    bale_store_quiesce(s);
+    bale_workers_free(s->workers);
+    s->workers = NULL;
+    bale_log_settle(s);
+}
+
 static void store_free(BaleStore *s)
 {
     if (!s) {
         return;
     }
-    bale_maintain_stop(s);
-    bale_workers_free(s->workers);
+    store_stop(s);
     g_ptr_array_free(s->images, TRUE);
     g_ptr_array_free(s->old_images, TRUE);
     bale_epoch_drain(s->epoch);
@@ -588,11 +597,20 @@ static bool store_has_patches(BaleStore *s)
     return has;
 }
 
+/* What becomes of the store when its checkpoint is written. */
+typedef enum CheckpointThen {
+    THEN_GO_ON,
+    THEN_READ_ONLY,
+    THEN_CLOSE,
+} CheckpointThen;
+
 /*
  * One attempt: no patches are appended meanwhile.  *@again: somebody began a
- * session before we had the lock, and recovery had left patches.
+ * session before we had the lock, and recovery had left patches.  Returns with
+ * the maintenance thread paused: it may begin the next session.
  */
-static bool store_checkpoint(BaleStore *s, bool *again, GError **errp)
+static bool store_checkpoint(BaleStore *s, CheckpointThen then, bool *again,
+                             GError **errp)
 {
     bool ok = true;
     int ret = 0;
@@ -605,7 +623,6 @@ static bool store_checkpoint(BaleStore *s, bool *again, GError **errp)
     bale_maintain_pause(s);
     bale_store_quiesce(s);
     if (ret < 0) {
-        bale_maintain_resume(s);
         return store_error(errp,
                            ret == -ENOSPC ? BALE_STORE_ERROR_NO_SPACE
                                           : BALE_STORE_ERROR_IO,
@@ -623,27 +640,39 @@ static bool store_checkpoint(BaleStore *s, bool *again, GError **errp)
     } else if (s->session) {
         ok = bale_checkpoint_write(s, errp);
     }
+    if (ok && then == THEN_READ_ONLY) {
+        s->read_only = true;
+    }
     pthread_rwlock_unlock(&s->session_lock);
-    bale_maintain_resume(s);
     return ok;
 }
 
-bool bale_store_checkpoint(BaleStore *s, GError **errp)
+static bool store_checkpoint_then(BaleStore *s, CheckpointThen then,
+                                  GError **errp)
 {
     bool ok = false, again = true;
 
     bale_patches_pause(s);
     for (int i = 0; i < CHECKPOINT_TRIES_MAX && again; i++) {
         g_clear_error(errp);
-        ok = store_checkpoint(s, &again, errp);
+        ok = store_checkpoint(s, then, &again, errp);
+        if (ok && then == THEN_CLOSE) {
+            bale_maintain_stop(s);
+        }
+        bale_maintain_resume(s);
     }
     bale_patches_resume(s);
     return ok;
 }
 
+bool bale_store_checkpoint(BaleStore *s, GError **errp)
+{
+    return store_checkpoint_then(s, THEN_GO_ON, errp);
+}
+
 bool bale_store_set_read_only(BaleStore *s, bool read_only, GError **errp)
 {
-    if (read_only && !bale_store_checkpoint(s, errp)) {
+    if (read_only && !store_checkpoint_then(s, THEN_READ_ONLY, errp)) {
         return false;
     }
     if (!read_only && s->corrupt) {
@@ -667,7 +696,7 @@ bool bale_store_close(BaleStore *s, GError **errp)
 
         g_assert(image->openers == 0);
     }
-    ok = bale_store_checkpoint(s, &err);
+    ok = store_checkpoint_then(s, THEN_CLOSE, &err);
     bale_store_quiesce(s);
     if (!ok && !store_failed(s) && bale_store_flush_sync(s) == 0) {
         /* Not quick to open next time, but nothing is lost. */
@@ -678,9 +707,7 @@ bool bale_store_close(BaleStore *s, GError **errp)
     if (!ok) {
         g_propagate_error(errp, g_steal_pointer(&err));
     }
-    bale_maintain_stop(s);
-    bale_workers_free(s->workers);
-    s->workers = NULL;
+    store_stop(s);
     bale_device_close(s->dev);
     store_free(s);
     return ok;

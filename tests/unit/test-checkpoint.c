@@ -8,6 +8,7 @@
 
 #include <string.h>
 
+#include "../../block/extstore/store-internal.h"
 #include "extstore/device-sim.h"
 
 #define CLUSTER 4096u
@@ -310,6 +311,64 @@ static void test_large_index(void)
     fixture_close(&f);
 }
 
+/* --- closing --- */
+
+static void keep_device(BaleDevice *dev)
+{
+}
+
+/*
+ * There is something to compact when the store closes, and the checkpoint
+ * itself says so: nothing may begin behind its back.
+ */
+static void close_once(void)
+{
+    BaleSimOptions sim = { .no_history = true, .mode = BALE_SIM_DEFERRED };
+    BaleCreateOptions o = { .size = 4u << 20, .page_size = 2u << 20,
+                            .cluster_size = 64u << 10,
+                            .codec = BALE_CODEC_NONE };
+    BaleDevice *dev = bale_sim_new(&sim);
+    g_autofree uint8_t *data = g_malloc0(o.size);
+    BaleDeviceOps ops = *dev->ops;
+    const BaleDeviceOps *own = dev->ops;
+    g_autoptr(GError) err = NULL;
+    Fixture f = { .dev = dev };
+    BaleStoreInfo info;
+
+    g_assert_true(bale_store_create(dev, &o, &err));
+    ops.destroy = keep_device;
+    dev->ops = &ops;
+    fixture_open(&f);
+    memset(data, 1, o.size);
+    g_assert_cmpint(bale_image_write_sync(f.image, 0, data, o.size, 0), ==,
+                    0);
+    bale_maintain_pause(f.store);
+    for (uint64_t at = 0; at < o.size; at += 2 * o.cluster_size) {
+        g_assert_cmpint(bale_image_write_sync(f.image, at, data,
+                                              o.cluster_size, 0), ==, 0);
+    }
+    fixture_flush(&f);
+    pthread_mutex_lock(&f.store->log_lock);
+    f.store->maintain_look = false;
+    f.store->garbage_bytes = o.page_size - 1;
+    pthread_mutex_unlock(&f.store->log_lock);
+    bale_maintain_resume(f.store);
+    fixture_close(&f);
+    dev->ops = own;
+
+    fixture_open(&f);
+    bale_store_get_info(f.store, &info);
+    g_assert_true(info.clean);
+    fixture_close(&f);
+}
+
+static void test_close_is_the_end(void)
+{
+    for (int i = 0; i < 20; i++) {
+        close_once();
+    }
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -319,5 +378,6 @@ int main(int argc, char **argv)
     g_test_add_func("/checkpoint/damaged-clean", test_damaged_clean);
     g_test_add_func("/checkpoint/pages-reused", test_pages_reused);
     g_test_add_func("/checkpoint/large-index", test_large_index);
+    g_test_add_func("/checkpoint/close-is-the-end", test_close_is_the_end);
     return g_test_run();
 }
