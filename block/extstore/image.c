@@ -60,6 +60,19 @@ int bale_store_write_begin(BaleStore *s)
     }
 }
 
+bool bale_store_write_begin_now(BaleStore *s)
+{
+    if (bale_log_inside() || pthread_rwlock_tryrdlock(&s->session_lock)) {
+        return false;
+    }
+    if (store_failed(s) || !s->session) {
+        pthread_rwlock_unlock(&s->session_lock);
+        return false;
+    }
+    bale_log_enter(s);
+    return true;
+}
+
 void bale_store_write_end(BaleStore *s)
 {
     bale_log_leave(s);

@@ -640,7 +640,7 @@ void bale_log_revived(BaleStore *s)
  * and returns with log_lock, which is dropped on the way.
  */
 static int log_open_buffer(BaleStore *s, BaleBucket bucket, uint32_t size,
-                           BaleWriteBuffer **submit)
+                           bool may_wait, BaleWriteBuffer **submit)
 {
     uint32_t need = segment_len(SEGMENT_OVERHEAD + size, 1);
 
@@ -661,7 +661,7 @@ static int log_open_buffer(BaleStore *s, BaleBucket bucket, uint32_t size,
             buffer_seal(s, bucket, submit);
             continue;
         }
-        if (s->preparing[bucket]) {
+        if (s->preparing[bucket] && may_wait) {
             pthread_cond_wait(&s->log_cond, &s->log_lock);
             continue;
         }
@@ -682,6 +682,9 @@ static int log_open_buffer(BaleStore *s, BaleBucket bucket, uint32_t size,
         }
 
         /* What follows blocks; what is sealed must not wait for us. */
+        if (!may_wait) {
+            return -EAGAIN;
+        }
         if (*submit) {
             BaleWriteBuffer *list = *submit;
 
@@ -708,8 +711,9 @@ static int log_open_buffer(BaleStore *s, BaleBucket bucket, uint32_t size,
     }
 }
 
-int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
-                    const void *payload, uint64_t live, uint64_t *address)
+static int log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
+                      const void *payload, uint64_t live, bool may_wait,
+                      uint64_t *address)
 {
     BaleWriteBuffer *submit = NULL, *wb;
     BaleDirectoryEntry entry;
@@ -725,7 +729,7 @@ int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
     }
 
     pthread_mutex_lock(&s->log_lock);
-    ret = log_open_buffer(s, bucket, size, &submit);
+    ret = log_open_buffer(s, bucket, size, may_wait, &submit);
     if (ret < 0) {
         pthread_mutex_unlock(&s->log_lock);
         log_submit(s, submit);
@@ -769,6 +773,19 @@ int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
     pthread_mutex_unlock(&s->log_lock);
     log_submit(s, submit);
     return 0;
+}
+
+int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
+                    const void *payload, uint64_t live, uint64_t *address)
+{
+    return log_append(s, bucket, r, payload, live, true, address);
+}
+
+int bale_log_append_now(BaleStore *s, BaleBucket bucket, BaleRecord *r,
+                        const void *payload, uint64_t live,
+                        uint64_t *address)
+{
+    return log_append(s, bucket, r, payload, live, false, address);
 }
 
 void bale_log_flush(BaleStore *s, BaleDone *done, void *opaque)
@@ -869,7 +886,8 @@ int bale_log_append_barriers(BaleStore *s)
             buffer_open(s, wb, BALE_BUCKET_FRESH);
         } else {
             buffer_seal(s, BALE_BUCKET_COMPACTED, &submit);
-            ret = log_open_buffer(s, BALE_BUCKET_COMPACTED, 0, &submit);
+            ret = log_open_buffer(s, BALE_BUCKET_COMPACTED, 0, true,
+                                  &submit);
         }
     }
     if (s->barrier_pages->len == 0) {
@@ -912,13 +930,20 @@ void bale_log_seal_page(BaleStore *s, BaleBucket bucket)
 
 /* Sections do not nest, and end on the thread where they began. */
 static _Thread_local unsigned log_phase;
+static _Thread_local bool log_inside;
 
 void bale_log_enter(BaleStore *s)
 {
     pthread_mutex_lock(&s->log_lock);
     log_phase = s->append_phase;
     s->appending[log_phase]++;
+    log_inside = true;
     pthread_mutex_unlock(&s->log_lock);
+}
+
+bool bale_log_inside(void)
+{
+    return log_inside;
 }
 
 void bale_log_leave(BaleStore *s)
@@ -926,6 +951,7 @@ void bale_log_leave(BaleStore *s)
     pthread_mutex_lock(&s->log_lock);
     g_assert(s->appending[log_phase] > 0);
     s->appending[log_phase]--;
+    log_inside = false;
     if (log_phase != s->append_phase) {
         pthread_cond_broadcast(&s->log_cond);
     }

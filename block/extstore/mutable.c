@@ -24,7 +24,8 @@
  *     saves it now, or in the log as a patch.
  *
  * Threads: any; one mutex, which is held while bytes are copied.  Patches are
- * appended by one worker at a time.
+ * appended by one thread at a time: a worker or, if they are few and nothing is
+ * waited for, whoever finds them due.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -43,6 +44,9 @@
 #define MUTABLE_OUT_BYTES (8u << 20)
 #define MUTABLE_OUTS_MIN  8u
 #define MUTABLE_OUTS_MAX  128u
+/* So many patches of one cluster, of so many bytes, need no worker. */
+#define JOURNAL_NOW_PATCHES 4u
+#define JOURNAL_NOW_BYTES   (16u << 10)
 /* Of these, so many may be open; the others are on their way out. */
 #define MUTABLE_OPEN_FRACTION 2
 
@@ -68,6 +72,7 @@ struct BaleMutable {
     uint8_t *zeroes;       /* one cluster of them */
     /* The one who appends patches. */
     BaleWork journal;
+    uint8_t *journal_data; /* a cluster for who does it now, made as needed */
     bool journaling;
     uint64_t journal_cluster; /* whose patches; UINT64_MAX: none just now */
     BaleUnsaved journal_taken;
@@ -85,7 +90,7 @@ typedef struct MutableOut {
 } MutableOut;
 
 static void mutable_kick(BaleMutable *m);
-static void mutable_journal_start(BaleMutable *m);
+static bool mutable_journal_start(BaleMutable *m);
 
 BaleMutable *bale_mutable_new(BaleImage *image)
 {
@@ -122,6 +127,7 @@ void bale_mutable_free(BaleMutable *m)
         bale_seqcache_free(m->cache);
         bale_patch_table_destroy(&m->patched);
         bale_memory_free(m->zeroes);
+        bale_memory_free(m->journal_data);
         pthread_mutex_destroy(&m->lock);
         pthread_cond_destroy(&m->idle);
         g_free(m);
@@ -384,7 +390,11 @@ static BalePatched *mutable_due(BaleMutable *m, bool patches)
 /* Begin the write-outs that are due, and the appending of patches. */
 static void mutable_kick(BaleMutable *m)
 {
-    for (;;) {
+    BaleStore *s = m->image->store;
+    unsigned held = 0; /* of the store's background */
+    bool more = true;
+
+    while (more) {
         BaleSeqcacheOut *out = NULL;
         MutableFlush *failed = NULL;
         MutableOut *o = NULL;
@@ -417,13 +427,21 @@ static void mutable_kick(BaleMutable *m)
         }
         pthread_mutex_unlock(&m->lock);
         mutable_finish_flushes(m, failed, err);
-        if (journal) {
-            mutable_journal_start(m);
+        more = o;
+        if (journal && mutable_journal_start(m)) {
+            held++;
+            more = true;
         }
-        if (!o) {
-            return;
+        if (o) {
+            mutable_out_start(o);
         }
-        mutable_out_start(o);
+    }
+    if (held) {
+        /* Whoever was served may close the store after this. */
+        pthread_mutex_lock(&s->log_lock);
+        s->background -= held;
+        pthread_cond_broadcast(&s->log_cond);
+        pthread_mutex_unlock(&s->log_lock);
     }
 }
 
@@ -432,7 +450,7 @@ static void mutable_kick(BaleMutable *m)
 /* Append the @len bytes at @data, which belong at @offset of @cluster. */
 static int mutable_append_patch(BaleMutable *m, uint64_t cluster,
                                 const uint8_t *data, uint32_t offset,
-                                uint32_t len)
+                                uint32_t len, bool may_wait)
 {
     BaleStore *s = m->image->store;
     BaleRecord r = {
@@ -443,7 +461,9 @@ static int mutable_append_patch(BaleMutable *m, uint64_t cluster,
         .payload_len = len,
     };
     BalePatch patch = { .offset = offset, .len = len };
-    int ret = bale_store_write_begin(s);
+    int ret = may_wait                        ? bale_store_write_begin(s)
+              : bale_store_write_begin_now(s) ? 0
+                                              : -EAGAIN;
 
     if (ret < 0) {
         return ret;
@@ -452,8 +472,9 @@ static int mutable_append_patch(BaleMutable *m, uint64_t cluster,
         r.flags = BALE_PATCH_BARE;
     }
     patch.bare = r.flags;
-    ret = bale_log_append(s, BALE_BUCKET_FRESH, &r, data + offset,
-                          bale_patch_live(len), &patch.address);
+    ret = (may_wait ? bale_log_append : bale_log_append_now)(
+        s, BALE_BUCKET_FRESH, &r, data + offset, bale_patch_live(len),
+        &patch.address);
     if (ret == 0) {
         patch.seq = r.seq;
         pthread_mutex_lock(&m->lock);
@@ -511,6 +532,41 @@ static void mutable_journal_done(BaleMutable *m, int ret)
     mutable_wake(m);
 }
 
+/*
+ * Append the patches of @p, through @data, which holds a cluster.  Called and
+ * returns with the lock.
+ */
+static int mutable_journal_cluster(BaleMutable *m, BalePatched *p,
+                                   uint8_t *data, bool may_wait)
+{
+    uint64_t cluster = p->cluster;
+    MutableFlush *flushes;
+    BaleUnsaved taken;
+    int ret = 0;
+
+    mutable_journal_take(m, p, data);
+    taken = m->journal_taken;
+    pthread_mutex_unlock(&m->lock);
+    for (unsigned i = 0; ret == 0 && i < taken.n; i++) {
+        BalePatchRange *r = &taken.range[i];
+
+        ret = mutable_append_patch(m, cluster, data, r->start,
+                                   r->end - r->start, may_wait);
+    }
+    pthread_mutex_lock(&m->lock);
+    mutable_journal_done(m, ret);
+    if (ret == 0) {
+        /* Others follow, maybe many: who is served may go. */
+        flushes = mutable_take_flushes(m, 0, 0);
+        if (flushes) {
+            pthread_mutex_unlock(&m->lock);
+            mutable_finish_flushes(m, flushes, 0);
+            pthread_mutex_lock(&m->lock);
+        }
+    }
+    return ret;
+}
+
 /* On a worker: append the patches that flushes wait for. */
 static void mutable_journal_work(BaleWork *work, void *context,
                                  unsigned worker)
@@ -525,29 +581,7 @@ static void mutable_journal_work(BaleWork *work, void *context,
 
     pthread_mutex_lock(&m->lock);
     while (ret == 0 && m->flushes && (p = mutable_due(m, true))) {
-        BaleUnsaved taken;
-        uint64_t cluster = p->cluster;
-
-        mutable_journal_take(m, p, wc->cluster);
-        taken = m->journal_taken;
-        pthread_mutex_unlock(&m->lock);
-        for (unsigned i = 0; ret == 0 && i < taken.n; i++) {
-            BalePatchRange *r = &taken.range[i];
-
-            ret = mutable_append_patch(m, cluster, wc->cluster, r->start,
-                                       r->end - r->start);
-        }
-        pthread_mutex_lock(&m->lock);
-        mutable_journal_done(m, ret);
-        if (ret == 0) {
-            /* Others follow, maybe many: who is served may go. */
-            flushes = mutable_take_flushes(m, 0, 0);
-            if (flushes) {
-                pthread_mutex_unlock(&m->lock);
-                mutable_finish_flushes(m, flushes, 0);
-                pthread_mutex_lock(&m->lock);
-            }
-        }
+        ret = mutable_journal_cluster(m, p, wc->cluster, true);
     }
     m->journaling = false;
     flushes = ret < 0 ? mutable_take_flushes(m, ret, 0) : NULL;
@@ -561,15 +595,53 @@ static void mutable_journal_work(BaleWork *work, void *context,
     pthread_mutex_unlock(&s->log_lock);
 }
 
-static void mutable_journal_start(BaleMutable *m)
+/*
+ * Save one cluster without a worker if that is little and nothing is waited
+ * for: waking one would take longer.  False: what is due is left.
+ */
+static bool mutable_journal_now(BaleMutable *m)
+{
+    BalePatched *p;
+    uint64_t bytes = 0;
+    bool due;
+
+    pthread_mutex_lock(&m->lock);
+    if (!m->journal_data) {
+        m->journal_data = bale_memory_try_alloc(
+            BALE_BLOCK_SIZE, m->image->store->cluster_size);
+    }
+    p = m->flushes ? mutable_due(m, true) : NULL;
+    due = p;
+    for (unsigned i = 0; p && i < p->unsaved.n; i++) {
+        bytes += p->unsaved.range[i].end - p->unsaved.range[i].start;
+    }
+    if (p && m->journal_data && p->unsaved.n <= JOURNAL_NOW_PATCHES &&
+        bytes <= JOURNAL_NOW_BYTES &&
+        mutable_journal_cluster(m, p, m->journal_data, false) == 0) {
+        due = m->flushes && mutable_due(m, true);
+    }
+    m->journaling = due;
+    pthread_mutex_unlock(&m->lock);
+    return !due;
+}
+
+/*
+ * True: what was due is saved, and the caller takes this from the store's
+ * background when it is done with us.  False: a worker does all.
+ */
+static bool mutable_journal_start(BaleMutable *m)
 {
     BaleStore *s = m->image->store;
 
     pthread_mutex_lock(&s->log_lock);
     s->background++;
     pthread_mutex_unlock(&s->log_lock);
+    if (mutable_journal_now(m)) {
+        return true;
+    }
     m->journal.fn = mutable_journal_work;
     bale_workers_push(s->workers, &m->journal, BALE_WORK_URGENT);
+    return false;
 }
 
 /* --- the interface --- */

@@ -434,6 +434,10 @@ void bale_log_destroy(BaleStore *s);
  */
 int bale_log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
                     const void *payload, uint64_t live, uint64_t *address);
+/* The same for who must not wait.  -EAGAIN: it would have to. */
+int bale_log_append_now(BaleStore *s, BaleBucket bucket, BaleRecord *r,
+                        const void *payload, uint64_t live,
+                        uint64_t *address);
 void bale_log_flush(BaleStore *s, BaleDone *done, void *opaque);
 int bale_log_flush_sync(BaleStore *s);
 /* A device flush even if the log has nothing to flush. */
@@ -451,6 +455,8 @@ int bale_log_append_barriers(BaleStore *s);
  */
 void bale_log_enter(BaleStore *s);
 void bale_log_leave(BaleStore *s);
+/* Is this thread in such a section?  They do not nest. */
+bool bale_log_inside(void);
 /* Under log_lock: are there sections of before the newest mark? */
 bool bale_log_old_phase(BaleStore *s);
 
@@ -594,6 +600,8 @@ int bale_image_zero_clusters(BaleImage *image, uint64_t first, uint64_t count,
                              bool discard);
 /* May the caller append now?  0, with session_lock held for reading. */
 int bale_store_write_begin(BaleStore *s);
+/* The same for who must not wait.  False: not now, or never. */
+bool bale_store_write_begin_now(BaleStore *s);
 void bale_store_write_end(BaleStore *s);
 /*
  * Verify the record at @buf (of which @avail bytes may be read) as the data of
