@@ -18,6 +18,7 @@
 #include "extstore/store.h"
 
 #include "bale-bridge-internal.h"
+#include "bale-driver-internal.h"
 #include "bale-internal.h"
 #include "bale-node-internal.h"
 
@@ -82,6 +83,10 @@ int coroutine_fn bale_co_truncate(BlockDriverState *bs, int64_t offset,
         return -EINVAL;
     }
 
+    ret = bale_bitmaps_truncate_check(bs, errp);
+    if (ret < 0) {
+        return ret;
+    }
     ret = engine_change(bs, engine_resize_blocking, &c, errp);
     if (ret < 0) {
         return ret;

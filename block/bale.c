@@ -185,6 +185,16 @@ static bool writes_with(int flags)
     return (flags & BDRV_O_RDWR) && !(flags & BDRV_O_INACTIVE);
 }
 
+/* Of a damaged store nothing can be changed, so it has no bitmaps. */
+static int load_bitmaps(BlockDriverState *bs, Error **errp)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    return s->shared->corrupt ? 0
+                              : bale_bitmaps_load(bs, s->image_name,
+                                                  s->writes, errp);
+}
+
 static int bale_open(BlockDriverState *bs, QDict *options, int flags,
                      Error **errp)
 {
@@ -213,13 +223,19 @@ static int bale_open(BlockDriverState *bs, QDict *options, int flags,
             bale_shared_close(bs, NULL);
         }
     }
+    if (ret == 0) {
+        bs->total_sectors = DIV_ROUND_UP(info.size, BDRV_SECTOR_SIZE);
+        ret = flags & BDRV_O_INACTIVE ? 0 : load_bitmaps(bs, errp);
+        if (ret < 0) {
+            bale_shared_close(bs, NULL);
+        }
+    }
     if (ret < 0) {
         g_free(s->node_name);
         g_free(s->image_name);
         return ret;
     }
 
-    bs->total_sectors = DIV_ROUND_UP(info.size, BDRV_SECTOR_SIZE);
     bale_use_backing_names(bs, &info);
     bs->supported_write_flags = BDRV_REQ_FUA;
     bs->supported_zero_flags = BDRV_REQ_FUA | BDRV_REQ_MAY_UNMAP |
@@ -234,6 +250,10 @@ static void bale_close(BlockDriverState *bs)
     Error *err = NULL;
 
     bale_control_close(&s->control);
+    if (s->store && bale_bitmaps_store_all(bs, true, &err) < 0) {
+        error_reportf_err(err, "bale: '%s': storing bitmaps: ", s->node_name);
+        err = NULL;
+    }
     if (bale_shared_close(bs, &err) < 0) {
         error_reportf_err(err, "bale: '%s': closing: ", s->node_name);
     }
@@ -247,6 +267,12 @@ static int bale_inactivate(BlockDriverState *bs)
     int ret;
 
     bale_control_stop(bs);
+    if (bale_bitmaps_store_all(bs, true, &err) < 0) {
+        /* Who takes the image over finds them inconsistent. */
+        error_reportf_err(err, "bale: '%s': storing bitmaps: ",
+                          bdrv_get_node_name(bs));
+        err = NULL;
+    }
     ret = bale_shared_set_writes(bs, false, &err);
     if (ret < 0) {
         error_reportf_err(err, "bale: '%s': handing it over: ",
@@ -264,6 +290,7 @@ static void coroutine_fn bale_co_invalidate_cache(BlockDriverState *bs,
     if (bale_shared_co_invalidate(bs, writes_with(bs->open_flags), errp) == 0) {
         bs->total_sectors = DIV_ROUND_UP(bale_image_size(s->image),
                                          BDRV_SECTOR_SIZE);
+        load_bitmaps(bs, errp);
     }
 }
 
@@ -298,10 +325,22 @@ typedef struct BaleReopen {
     bool has_cache_size, has_workers;
 } BaleReopen;
 
+/* After a reopen: what was read-only can change again. */
+static void reopen_bitmaps(BlockDriverState *bs)
+{
+    BDRVBaleState *s = bs->opaque;
+    Error *err = NULL;
+
+    if (s->writes && bale_bitmaps_reopen_rw(bs, &err) < 0) {
+        error_reportf_err(err, "bale: '%s': reopening: ", s->node_name);
+    }
+}
+
 static int bale_reopen_prepare(BDRVReopenState *state,
                                BlockReopenQueue *queue, Error **errp)
 {
     BlockDriverState *bs = state->bs;
+    BDRVBaleState *s = bs->opaque;
     BaleJob *job = bale_bs_control(bs)->job;
     QemuOpts *opts = qemu_opts_create(&bale_reopen_opts, NULL, 0,
                                       &error_abort);
@@ -324,8 +363,16 @@ static int bale_reopen_prepare(BDRVReopenState *state,
         ret = -EBUSY;
         goto out;
     }
-    ret = bale_shared_reopen_prepare(bs, state->options,
-                                     writes_with(state->flags), errp);
+    if (s->writes && !writes_with(state->flags)) {
+        ret = bale_bitmaps_store_all(bs, false, errp);
+    }
+    if (ret == 0) {
+        ret = bale_shared_reopen_prepare(bs, state->options,
+                                         writes_with(state->flags), errp);
+    }
+    if (ret < 0) {
+        reopen_bitmaps(bs);
+    }
 
 out:
     qemu_opts_del(opts);
@@ -361,12 +408,14 @@ static void bale_reopen_commit(BDRVReopenState *state)
 static void bale_reopen_commit_post(BDRVReopenState *state)
 {
     bale_shared_reopen_end(state->bs, writes_with(state->flags));
+    reopen_bitmaps(state->bs);
 }
 
 static void bale_reopen_abort(BDRVReopenState *state)
 {
     g_clear_pointer(&state->opaque, g_free);
     bale_shared_reopen_end(state->bs, writes_with(state->bs->open_flags));
+    reopen_bitmaps(state->bs);
 }
 
 /*
@@ -453,6 +502,13 @@ static BlockDriver bdrv_bale = {
     .bdrv_snapshot_delete            = bale_snapshot_bs_delete,
     .bdrv_snapshot_list              = bale_snapshot_bs_list,
     .bdrv_snapshot_load_tmp          = bale_snapshot_load_tmp,
+
+    .bdrv_supports_persistent_dirty_bitmap =
+        bale_supports_persistent_dirty_bitmap,
+    .bdrv_co_can_store_new_dirty_bitmap =
+        bale_co_can_store_new_dirty_bitmap,
+    .bdrv_co_remove_persistent_dirty_bitmap =
+        bale_co_remove_persistent_dirty_bitmap,
 
     .bdrv_co_create_opts             = bale_co_create_opts,
     .bdrv_measure                    = bale_measure,

@@ -362,6 +362,7 @@ bool bale_image_delete(BaleStore *s, const char *name, GError **errp)
     }
     g_array_remove_index(cat->images,
                          e - (BaleImageEntry *)cat->images->data);
+    bale_bitmaps_forget(cat, id);
     bale_catalogue_collect(cat);
     return edit_commit(s, cat, "deleting an image", errp);
 }
@@ -494,6 +495,7 @@ bool bale_image_resize(BaleImage *image, uint64_t size, GError **errp)
     layer = bale_catalogue_layer(cat,
                                  bale_catalogue_image(cat, image->id)->layer);
     layer->size = size;
+    bale_bitmaps_spoil(cat, image->id);
     clusters = bale_size_clusters(size, s->cluster_size);
     layer->parent_clusters = MIN(layer->parent_clusters, clusters);
     for (guint i = 0; i < cat->aliases->len; i++) {
@@ -571,6 +573,7 @@ static bool edit_replace_top(BaleStore *s, BaleCatalogue *cat, uint32_t image,
         return false;
     }
     bale_catalogue_image(cat, image)->layer = layer;
+    bale_bitmaps_spoil(cat, image);
     bale_catalogue_collect(cat);
     return true;
 }

@@ -110,7 +110,7 @@ static void collect_remove(BaleCatalogue *cat, guint at)
     g_array_remove_index(cat->layers, at);
 }
 
-/* Is @layer the top of an image, or a snapshot's? */
+/* Is @layer the top of an image, or a snapshot's, or a bitmap's? */
 static bool layer_named(const BaleCatalogue *cat, uint32_t id)
 {
     for (guint i = 0; i < cat->images->len; i++) {
@@ -120,6 +120,11 @@ static bool layer_named(const BaleCatalogue *cat, uint32_t id)
     }
     for (guint i = 0; i < cat->snapshots->len; i++) {
         if (g_array_index(cat->snapshots, BaleSnapshotEntry, i).layer == id) {
+            return true;
+        }
+    }
+    for (guint i = 0; i < cat->bitmaps->len; i++) {
+        if (g_array_index(cat->bitmaps, BaleBitmapEntry, i).layer == id) {
             return true;
         }
     }

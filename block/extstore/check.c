@@ -190,6 +190,14 @@ static void check_name_layer(BaleStore *s, uint32_t id, char *name,
             g_strlcpy(name, e->name, len);
         }
     }
+    for (guint i = 0; i < s->catalogue->bitmaps->len; i++) {
+        BaleBitmapEntry *e = &g_array_index(s->catalogue->bitmaps,
+                                            BaleBitmapEntry, i);
+
+        if (e->layer == id) {
+            bale_bitmap_describe(s->catalogue, e, name, len);
+        }
+    }
 }
 
 /* An image that shows only what layer @id has itself; NULL: it is gone. */

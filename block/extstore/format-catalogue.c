@@ -1,6 +1,6 @@
 /*
- * The catalogue: which images, layers and snapshots a store holds, and its
- * record.  docs/format.md, "Catalogue record", is the specification.
+ * The catalogue: which images, layers, snapshots and bitmaps a store holds, and
+ * its record.  docs/format.md, "Catalogue record", is the specification.
  *
  * A catalogue is one record, so that each change of it is atomic.  What is
  * decoded is hostile: every rule that the engine relies on, above all that a
@@ -16,6 +16,7 @@
 #include <inttypes.h>
 #include <string.h>
 
+#include "extstore/bitmap.h"
 #include "util/planted.h"
 
 /* Byte offsets of the fields. */
@@ -27,6 +28,7 @@ enum {
     CATALOGUE_NEXT_LAYER = 16,
     CATALOGUE_NEXT_IMAGE = 20,
     CATALOGUE_NEXT_SNAPSHOT = 24,
+    CATALOGUE_BITMAPS = 28,
 
     LAYER_ID = 0,
     LAYER_PARENT = 4,
@@ -55,14 +57,25 @@ enum {
     IMAGE_BACKING_LEN = 16,
     IMAGE_FORMAT_LEN = 18,
     IMAGE_DATE_S = 24,
+
+    BITMAP_LAYER = 0,
+    BITMAP_IMAGE = 4,
+    BITMAP_FLAGS = 8,
+    BITMAP_GRANULARITY_BITS = 12,
+    BITMAP_NAME_LEN = 14,
+    BITMAP_SIZE = 16,
 };
 
 #define IMAGE_FLAG_READ_ONLY 1u
+
+#define BITMAP_FLAG_IN_USE  1u
+#define BITMAP_FLAG_ENABLED 2u
 
 G_STATIC_ASSERT(LAYER_PARENT_CLUSTERS + 8 == BALE_CATALOGUE_LAYER_LEN);
 G_STATIC_ASSERT(ALIAS_CLUSTERS + 8 == BALE_CATALOGUE_ALIAS_LEN);
 G_STATIC_ASSERT(SNAPSHOT_VM_CLOCK + 8 == BALE_CATALOGUE_SNAPSHOT_LEN);
 G_STATIC_ASSERT(IMAGE_DATE_S + 8 == BALE_CATALOGUE_IMAGE_LEN);
+G_STATIC_ASSERT(BITMAP_SIZE + 16 == BALE_CATALOGUE_BITMAP_LEN);
 
 static uint16_t get16(const uint8_t *p)
 {
@@ -102,6 +115,11 @@ static void image_clear(void *entry)
     g_free(image->backing_format);
 }
 
+static void bitmap_clear(void *entry)
+{
+    g_free(((BaleBitmapEntry *)entry)->name);
+}
+
 BaleCatalogue *bale_catalogue_new(void)
 {
     BaleCatalogue *cat = g_new0(BaleCatalogue, 1);
@@ -112,7 +130,9 @@ BaleCatalogue *bale_catalogue_new(void)
     cat->snapshots = g_array_new(FALSE, TRUE, sizeof(BaleSnapshotEntry));
     cat->images = g_array_new(FALSE, TRUE, sizeof(BaleImageEntry));
     g_array_set_clear_func(cat->snapshots, snapshot_clear);
+    cat->bitmaps = g_array_new(FALSE, TRUE, sizeof(BaleBitmapEntry));
     g_array_set_clear_func(cat->images, image_clear);
+    g_array_set_clear_func(cat->bitmaps, bitmap_clear);
     return cat;
 }
 
@@ -123,6 +143,7 @@ void bale_catalogue_free(BaleCatalogue *cat)
         g_array_free(cat->aliases, TRUE);
         g_array_free(cat->snapshots, TRUE);
         g_array_free(cat->images, TRUE);
+        g_array_free(cat->bitmaps, TRUE);
         g_free(cat);
     }
 }
@@ -151,6 +172,12 @@ BaleCatalogue *bale_catalogue_copy(const BaleCatalogue *cat)
         e.backing_file = g_strdup(e.backing_file);
         e.backing_format = g_strdup(e.backing_format);
         g_array_append_val(copy->images, e);
+    }
+    for (guint i = 0; i < cat->bitmaps->len; i++) {
+        BaleBitmapEntry e = g_array_index(cat->bitmaps, BaleBitmapEntry, i);
+
+        e.name = g_strdup(e.name);
+        g_array_append_val(copy->bitmaps, e);
     }
     return copy;
 }
@@ -226,6 +253,20 @@ BaleSnapshotEntry *bale_catalogue_snapshot(const BaleCatalogue *cat,
     return NULL;
 }
 
+BaleBitmapEntry *bale_catalogue_bitmap(const BaleCatalogue *cat,
+                                       uint32_t image, const char *name)
+{
+    for (guint i = 0; i < cat->bitmaps->len; i++) {
+        BaleBitmapEntry *e = &g_array_index(cat->bitmaps, BaleBitmapEntry,
+                                            i);
+
+        if (e->image == image && !strcmp(e->name, name)) {
+            return e;
+        }
+    }
+    return NULL;
+}
+
 uint32_t bale_catalogue_resolve(const BaleCatalogue *cat, uint32_t id,
                                 uint64_t *clusters)
 {
@@ -253,6 +294,14 @@ bool bale_name_valid(const char *name)
         }
     }
     return len > 0 && len <= BALE_IMAGE_NAME_MAX &&
+           g_utf8_validate(name, len, NULL);
+}
+
+bool bale_bitmap_name_valid(const char *name)
+{
+    size_t len = strlen(name);
+
+    return len > 0 && len <= BALE_BITMAP_NAME_MAX &&
            g_utf8_validate(name, len, NULL);
 }
 
@@ -314,6 +363,10 @@ static size_t encoded_len(const BaleCatalogue *cat)
         len += BALE_CATALOGUE_IMAGE_LEN + strlen(e->name) +
                strlen(e->backing_file) + strlen(e->backing_format);
     }
+    for (guint i = 0; i < cat->bitmaps->len; i++) {
+        len += BALE_CATALOGUE_BITMAP_LEN +
+               strlen(g_array_index(cat->bitmaps, BaleBitmapEntry, i).name);
+    }
     return len;
 }
 
@@ -347,6 +400,19 @@ static uint8_t *encode_image(const BaleImageEntry *e, uint8_t *p)
     return p + put_string(p, e->backing_format);
 }
 
+static uint8_t *encode_bitmap(const BaleBitmapEntry *e, uint8_t *p)
+{
+    put32(p + BITMAP_LAYER, e->layer);
+    put32(p + BITMAP_IMAGE, e->image);
+    put32(p + BITMAP_FLAGS, (e->in_use ? BITMAP_FLAG_IN_USE : 0) |
+                                (e->enabled ? BITMAP_FLAG_ENABLED : 0));
+    p[BITMAP_GRANULARITY_BITS] = g_bit_nth_lsf(e->granularity, -1);
+    put16(p + BITMAP_NAME_LEN, strlen(e->name));
+    bale_put_le64(p + BITMAP_SIZE, e->size);
+    p += BALE_CATALOGUE_BITMAP_LEN;
+    return p + put_string(p, e->name);
+}
+
 uint8_t *bale_catalogue_encode(const BaleCatalogue *cat, uint8_t *type,
                                uint32_t *len)
 {
@@ -368,6 +434,7 @@ uint8_t *bale_catalogue_encode(const BaleCatalogue *cat, uint8_t *type,
     put32(buf + CATALOGUE_NEXT_LAYER, cat->next_layer);
     put32(buf + CATALOGUE_NEXT_IMAGE, cat->next_image);
     put32(buf + CATALOGUE_NEXT_SNAPSHOT, cat->next_snapshot);
+    put32(buf + CATALOGUE_BITMAPS, cat->bitmaps->len);
     p = buf + BALE_CATALOGUE_FIXED_LEN;
     for (guint i = 0; i < cat->layers->len; i++) {
         BaleLayerEntry *e = &g_array_index(cat->layers, BaleLayerEntry, i);
@@ -393,6 +460,10 @@ uint8_t *bale_catalogue_encode(const BaleCatalogue *cat, uint8_t *type,
     }
     for (guint i = 0; i < cat->images->len; i++) {
         p = encode_image(&g_array_index(cat->images, BaleImageEntry, i), p);
+    }
+    for (guint i = 0; i < cat->bitmaps->len; i++) {
+        p = encode_bitmap(&g_array_index(cat->bitmaps, BaleBitmapEntry, i),
+                          p);
     }
     g_assert(p == buf + size);
     *type = BALE_RECORD_CATALOGUE;
@@ -598,6 +669,84 @@ static bool decode_images(Decoder *d, uint32_t n)
     return true;
 }
 
+/* Is there a layer for the bits of @e, which is that long and alone? */
+static bool bitmap_layer_valid(Decoder *d, const BaleBitmapEntry *e)
+{
+    const BaleLayerEntry *layer = bale_catalogue_layer(d->cat, e->layer);
+    uint64_t len = bale_bitmap_data_len(e->size, e->granularity);
+
+    return layer && !layer->parent && len <= BALE_BITMAP_DATA_MAX &&
+           layer->size == decoder_clusters(d, len) * d->cluster_size;
+}
+
+static bool decode_bitmaps(Decoder *d, uint32_t n)
+{
+    uint32_t last = 0;
+
+    for (uint32_t i = 0; i < n; i++) {
+        const uint8_t *p = take(d, BALE_CATALOGUE_BITMAP_LEN);
+        BaleBitmapEntry e;
+
+        if (!p || p[BITMAP_GRANULARITY_BITS] < BALE_BITMAP_GRANULARITY_MIN_BITS
+            || p[BITMAP_GRANULARITY_BITS] > BALE_BITMAP_GRANULARITY_MAX_BITS) {
+            return false;
+        }
+        e = (BaleBitmapEntry){
+            .layer = get32(p + BITMAP_LAYER),
+            .image = get32(p + BITMAP_IMAGE),
+            .in_use = get32(p + BITMAP_FLAGS) & BITMAP_FLAG_IN_USE,
+            .enabled = get32(p + BITMAP_FLAGS) & BITMAP_FLAG_ENABLED,
+            .granularity = UINT32_C(1) << p[BITMAP_GRANULARITY_BITS],
+            .size = bale_get_le64(p + BITMAP_SIZE),
+            .name = take_string(d, get16(p + BITMAP_NAME_LEN),
+                                BALE_BITMAP_NAME_MAX),
+        };
+        if (!e.name) {
+            return false;
+        }
+        g_array_append_val(d->cat->bitmaps, e);
+        if (e.layer <= last || !bale_bitmap_name_valid(e.name) ||
+            e.size > BALE_IMAGE_SIZE_MAX || !bitmap_layer_valid(d, &e)) {
+            return false;
+        }
+        last = e.layer;
+    }
+    return true;
+}
+
+/* Not too many of one image, of one name each, with a layer for each. */
+static bool bitmaps_consistent(const BaleCatalogue *cat, GHashTable *names,
+                               GHashTable *used)
+{
+    typedef struct Sum {
+        uint64_t n, len;
+    } Sum;
+    g_autoptr(GHashTable) sums = g_hash_table_new_full(NULL, NULL, NULL,
+                                                       g_free);
+
+    for (guint i = 0; i < cat->bitmaps->len; i++) {
+        BaleBitmapEntry *e = &g_array_index(cat->bitmaps, BaleBitmapEntry,
+                                            i);
+        Sum *sum = g_hash_table_lookup(sums, GUINT_TO_POINTER(e->image));
+
+        if (!sum) {
+            sum = g_new0(Sum, 1);
+            g_hash_table_insert(sums, GUINT_TO_POINTER(e->image), sum);
+        }
+        sum->n++;
+        sum->len += bale_bitmap_data_len(e->size, e->granularity);
+        /* No image's name has an @. */
+        if (sum->n > BALE_BITMAPS_MAX || sum->len > BALE_BITMAPS_DATA_MAX ||
+            !bale_catalogue_image(cat, e->image) ||
+            !g_hash_table_add(names, g_strdup_printf("@%" PRIu32 "@%s",
+                                                     e->image, e->name)) ||
+            !g_hash_table_add(used, GUINT_TO_POINTER(e->layer))) {
+            return false;
+        }
+    }
+    return true;
+}
+
 /*
  * What concerns several entries: names are unique, and the top layer of an
  * image, which changes, is nobody else's.
@@ -632,7 +781,7 @@ static bool catalogue_consistent(const BaleCatalogue *cat)
             return false;
         }
     }
-    return true;
+    return bitmaps_consistent(cat, names, used);
 }
 
 /* What an image record says, as a catalogue. */
@@ -670,7 +819,7 @@ int bale_catalogue_decode(BaleCatalogue **out, uint8_t type,
 {
     g_autoptr(BaleCatalogue) cat = bale_catalogue_new();
     Decoder d = { buf, buf + len, cluster_size, cat };
-    uint32_t layers, aliases, snapshots, images;
+    uint32_t layers, aliases, snapshots, images, bitmaps;
     int ret;
 
     if (type == BALE_RECORD_IMAGE) {
@@ -687,12 +836,14 @@ int bale_catalogue_decode(BaleCatalogue **out, uint8_t type,
     aliases = get32(buf + CATALOGUE_ALIASES);
     snapshots = get32(buf + CATALOGUE_SNAPSHOTS);
     images = get32(buf + CATALOGUE_IMAGES);
+    bitmaps = get32(buf + CATALOGUE_BITMAPS);
     cat->next_layer = get32(buf + CATALOGUE_NEXT_LAYER);
     cat->next_image = get32(buf + CATALOGUE_NEXT_IMAGE);
     cat->next_snapshot = get32(buf + CATALOGUE_NEXT_SNAPSHOT);
     if (!decode_layers(&d, layers) || !decode_aliases(&d, aliases) ||
         !decode_snapshots(&d, snapshots) || !decode_images(&d, images) ||
-        d.p != d.end || !catalogue_consistent(cat)) {
+        !decode_bitmaps(&d, bitmaps) || d.p != d.end ||
+        !catalogue_consistent(cat)) {
         return -EIO;
     }
     *out = g_steal_pointer(&cat);

@@ -260,6 +260,7 @@ int bale_image_decode(BaleImageRecord *i, uint32_t cluster_size,
 #define BALE_CATALOGUE_ALIAS_LEN    16u
 #define BALE_CATALOGUE_SNAPSHOT_LEN 40u /* without its name */
 #define BALE_CATALOGUE_IMAGE_LEN    32u /* without its strings */
+#define BALE_CATALOGUE_BITMAP_LEN   32u /* without its name */
 #define BALE_CATALOGUE_PAYLOAD_MAX  (1u << 20)
 
 typedef struct BaleLayerEntry {
@@ -300,7 +301,18 @@ typedef struct BaleImageEntry {
     char *backing_format;
 } BaleImageEntry;
 
-/* All images, layers and snapshots of a store. */
+/* A dirty bitmap of an image; a layer of its own has the bits. */
+typedef struct BaleBitmapEntry {
+    uint32_t layer;          /* nobody else's, without a parent */
+    uint32_t image;
+    bool in_use;             /* the bits are not to be trusted */
+    bool enabled;
+    uint32_t granularity;    /* bytes that a bit stands for */
+    uint64_t size;           /* bytes of the image that it covers */
+    char *name;              /* owned */
+} BaleBitmapEntry;
+
+/* All images, layers, snapshots and bitmaps of a store. */
 typedef struct BaleCatalogue {
     uint32_t next_layer;     /* higher than any that was ever in use */
     uint32_t next_image;
@@ -309,6 +321,7 @@ typedef struct BaleCatalogue {
     GArray *aliases;         /* BaleAliasEntry, by rising id */
     GArray *snapshots;       /* BaleSnapshotEntry, by rising id */
     GArray *images;          /* BaleImageEntry, by rising id */
+    GArray *bitmaps;         /* BaleBitmapEntry, by rising layer */
 } BaleCatalogue;
 
 BaleCatalogue *bale_catalogue_new(void);
@@ -326,8 +339,12 @@ BaleSnapshotEntry *bale_catalogue_snapshot(const BaleCatalogue *cat,
 /* The layer that has the clusters of layer @id now: @id or another; 0: none. */
 uint32_t bale_catalogue_resolve(const BaleCatalogue *cat, uint32_t id,
                                 uint64_t *clusters);
+BaleBitmapEntry *bale_catalogue_bitmap(const BaleCatalogue *cat,
+                                       uint32_t image, const char *name);
 /* May an image (not the unnamed one) or a snapshot be called @name? */
 bool bale_name_valid(const char *name);
+/* May a bitmap be called @name? */
+bool bale_bitmap_name_valid(const char *name);
 
 /*
  * The payload of @cat's record, newly allocated, and its type: an image record

@@ -578,6 +578,13 @@ int bale_catalogue_install(BaleStore *s, BaleCatalogue *next);
 /* The same in use, durably; under admin_lock. */
 int bale_catalogue_commit(BaleStore *s, BaleCatalogue *next);
 
+/* bitmap.c: what becomes of the bitmaps of image @id when that changes. */
+void bale_bitmaps_spoil(BaleCatalogue *cat, uint32_t id);
+void bale_bitmaps_forget(BaleCatalogue *cat, uint32_t id);
+/* What to call @e in a report. */
+void bale_bitmap_describe(const BaleCatalogue *cat, const BaleBitmapEntry *e,
+                          char *name, size_t len);
+
 /* image.c */
 BaleImage *bale_image_new(BaleStore *s, BaleLayer *top, GError **errp);
 /* Show what @cat says; under session_lock and log_lock. */
