@@ -392,3 +392,19 @@ int bale_bitmaps_truncate_check(BlockDriverState *bs, Error **errp)
     }
     return 0;
 }
+
+uint64_t bale_bitmaps_measure(BlockDriverState *bs, uint32_t cluster_size)
+{
+    BdrvDirtyBitmap *bitmap;
+    uint64_t bytes = 0;
+
+    FOR_EACH_DIRTY_BITMAP(bs, bitmap) {
+        if (bdrv_dirty_bitmap_get_persistence(bitmap)) {
+            bytes += QEMU_ALIGN_UP(bale_bitmap_data_len(
+                                       bdrv_dirty_bitmap_size(bitmap),
+                                       bdrv_dirty_bitmap_granularity(bitmap)),
+                                   cluster_size);
+        }
+    }
+    return bytes;
+}

@@ -12,6 +12,7 @@
  */
 #include "qemu/osdep.h"
 #include "block/block_int.h"
+#include "block/dirty-bitmap.h"
 #include "qapi/error.h"
 #include "qemu/cutils.h"
 #include "qemu/option.h"
@@ -315,6 +316,10 @@ BlockMeasureInfo *bale_measure(QemuOpts *opts, BlockDriverState *in_bs,
     info->required = measure_bytes(&params.o, used);
     info->fully_allocated = measure_bytes(&params.o,
                                           DIV_ROUND_UP(size, cluster_size));
+    if (in_bs && bdrv_supports_persistent_dirty_bitmap(in_bs)) {
+        info->has_bitmaps = true;
+        info->bitmaps = bale_bitmaps_measure(in_bs, cluster_size);
+    }
 
 out:
     bale_create_params_clear(&params);

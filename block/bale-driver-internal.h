@@ -47,6 +47,8 @@ int bale_bitmaps_load(BlockDriverState *bs, const char *image_name,
 int bale_bitmaps_store_all(BlockDriverState *bs, bool release, Error **errp);
 /* The node can be written to again. */
 int bale_bitmaps_reopen_rw(BlockDriverState *bs, Error **errp);
+/* Bytes that those of @bs, of any format, would take, all ones and zeroes. */
+uint64_t bale_bitmaps_measure(BlockDriverState *bs, uint32_t cluster_size);
 /* Can each follow a change of the node's size? */
 int bale_bitmaps_truncate_check(BlockDriverState *bs, Error **errp);
 

@@ -10,7 +10,7 @@
 #include "block/block_int.h"
 #include "qapi/error.h"
 
-#include "extstore/store.h"
+#include "extstore/bitmap.h"
 
 #include "bale-bridge-internal.h"
 #include "bale-internal.h"
@@ -90,6 +90,24 @@ static BaleStoreSnapshotList *list_snapshots(BaleStore *store,
     return list;
 }
 
+static BaleStoreBitmapList *list_bitmaps(BaleStore *store, const char *image)
+{
+    BaleStoreBitmapList *list = NULL;
+    g_autoptr(GArray) array = bale_bitmap_list(store, image, NULL);
+
+    for (guint i = array ? array->len : 0; i-- > 0;) {
+        BaleBitmapInfo *in = &g_array_index(array, BaleBitmapInfo, i);
+        BaleStoreBitmap *out = g_new0(BaleStoreBitmap, 1);
+
+        out->name = g_strdup(in->name);
+        out->granularity = in->granularity;
+        out->enabled = in->enabled;
+        out->in_use = in->in_use;
+        QAPI_LIST_PREPEND(list, out);
+    }
+    return list;
+}
+
 static bool run_list(ImageRun *run)
 {
     g_autoptr(GArray) array = bale_image_list(run->store);
@@ -108,6 +126,7 @@ static bool run_list(ImageRun *run)
         out->compression_level = in->level;
         out->date_sec = in->date_s;
         out->snapshots = list_snapshots(run->store, in->name);
+        out->bitmaps = list_bitmaps(run->store, in->name);
         QAPI_LIST_PREPEND(run->list, out);
     }
     return true;

@@ -7,6 +7,7 @@
  */
 #include "qemu/osdep.h"
 #include "block/block_int.h"
+#include "block/dirty-bitmap.h"
 #include "qapi/qapi-types-block-core.h"
 
 #include "bale-control-internal.h"
@@ -16,6 +17,26 @@
 bool bale_job_types_known(void)
 {
     return true;
+}
+
+static ImageInfoSpecificBaleBitmapList *specific_bitmaps(BlockDriverState *bs)
+{
+    ImageInfoSpecificBaleBitmapList *list = NULL;
+    BdrvDirtyBitmap *bitmap;
+
+    FOR_EACH_DIRTY_BITMAP(bs, bitmap) {
+        if (bdrv_dirty_bitmap_get_persistence(bitmap)) {
+            ImageInfoSpecificBaleBitmap *out =
+                g_new0(ImageInfoSpecificBaleBitmap, 1);
+
+            out->name = g_strdup(bdrv_dirty_bitmap_name(bitmap));
+            out->granularity = bdrv_dirty_bitmap_granularity(bitmap);
+            out->enabled = bdrv_dirty_bitmap_enabled(bitmap);
+            out->inconsistent = bdrv_dirty_bitmap_inconsistent(bitmap);
+            QAPI_LIST_PREPEND(list, out);
+        }
+    }
+    return list;
 }
 
 ImageInfoSpecific *bale_get_specific_info(BlockDriverState *bs, Error **errp)
@@ -31,6 +52,8 @@ ImageInfoSpecific *bale_get_specific_info(BlockDriverState *bs, Error **errp)
     bale->page_size = store.page_size;
     bale->compression_type = g_strdup(bale_codec_name(image->codec));
     bale->corrupt = store.corrupt;
+    bale->bitmaps = specific_bitmaps(bs);
+    bale->has_bitmaps = bale->bitmaps;
     info->type = IMAGE_INFO_SPECIFIC_KIND_BALE;
     info->u.bale.data = bale;
     return info;

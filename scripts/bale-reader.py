@@ -10,6 +10,7 @@ made to be right rather than fast.
     bale-reader.py info STORE
     bale-reader.py list STORE
     bale-reader.py extract [--by WAY] [--compare] [--image NAME[@SNAPSHOT]]
+                           [--bitmap NAME]
                            STORE OUT.raw
     bale-reader.py check STORE
 
@@ -92,6 +93,9 @@ SEGMENT_PAYLOAD_MAX = 24 + BARRIERS_MAX * 24
 IMAGE_PAYLOAD_MAX = 32 + 255 + 4095 + 63
 CATALOGUE_PAYLOAD_MAX = 1 * MiB
 DEPTH_MAX = 256                 # layers under each other
+BITMAPS_MAX = 1024              # of one image
+BITMAP_BYTES_MAX = 512 * MiB    # bits of one bitmap
+BITMAPS_BYTES_MAX = 1024 * MiB  # bits of all bitmaps of an image
 PARTS_MAX = 100000
 PATCHED_BYTES = 32 * MiB
 PATCHED_CLUSTERS_MIN = 8
@@ -114,7 +118,7 @@ ENTRY = struct.Struct('<QQIIIIBBHH2x')
 assert ENTRY.size == 40
 IMAGE_HEAD = struct.Struct('<IIQBbHHH8x')
 assert IMAGE_HEAD.size == 32
-CATALOGUE_HEAD = struct.Struct('<IIIIIII4x')
+CATALOGUE_HEAD = struct.Struct('<IIIIIIII')
 assert CATALOGUE_HEAD.size == 32
 LAYER_ENTRY = struct.Struct('<III4xQQ')
 assert LAYER_ENTRY.size == 32
@@ -124,6 +128,8 @@ SNAPSHOT_ENTRY = struct.Struct('<IIIH2xQI4xQ')
 assert SNAPSHOT_ENTRY.size == 40
 IMAGE_ENTRY = struct.Struct('<IIIBbHHH4xQ')
 assert IMAGE_ENTRY.size == 32
+BITMAP_ENTRY = struct.Struct('<IIIBxHQ8x')
+assert BITMAP_ENTRY.size == 32
 ROOT_HEAD = struct.Struct('<QQI12x')
 assert ROOT_HEAD.size == 32
 PART_ENTRY = struct.Struct('<IIQQQQ')
@@ -321,6 +327,13 @@ class Image:
     pass
 
 
+class Bitmap:
+    def length(self):
+        """Bytes of its bits."""
+        bits = -(-self.size // self.granularity)
+        return -(-bits // 64) * 8
+
+
 def valid_name(name):
     return (name != '' and '@' not in name
             and not any(ord(c) < 0x20 or ord(c) == 0x7f for c in name))
@@ -334,6 +347,7 @@ class Catalogue:
         self.aliases = {}       # id -> (layer, clusters)
         self.snapshots = {}     # id -> Snapshot
         self.images = {}        # id -> Image
+        self.bitmaps = {}       # layer -> Bitmap
         self.cluster_size = cluster_size
         fields = Fields(payload)
         if record.type == IMAGE:
@@ -368,7 +382,7 @@ class Catalogue:
 
     def read_catalogue(self, fields):
         (layers, aliases, snapshots, images, next_layer, next_image,
-         next_snapshot) = fields.take(CATALOGUE_HEAD)
+         next_snapshot, bitmaps) = fields.take(CATALOGUE_HEAD)
         for _ in range(layers):
             self.add(self.layers, Layer(*fields.take(LAYER_ENTRY)),
                      next_layer)
@@ -402,7 +416,43 @@ class Catalogue:
             if (i.layer not in self.layers
                     or i.name and not valid_name(i.name)):
                 raise Damage('catalogue: a bad image')
+        for _ in range(bitmaps):
+            self.read_bitmap(fields)
         self.check_names()
+        self.check_bitmaps()
+
+    def read_bitmap(self, fields):
+        b = Bitmap()
+        b.layer, b.image, flags, bits, length, b.size = fields.take(
+            BITMAP_ENTRY)
+        b.in_use, b.enabled = bool(flags & 1), bool(flags & 2)
+        b.name = fields.text(length, 1023)
+        layer = self.layers.get(b.layer)
+        if (b.layer <= max(self.bitmaps, default=0) or not b.name
+                or not 9 <= bits <= 31 or b.size > IMAGE_SIZE_MAX
+                or b.image not in self.images or not layer or layer.parent):
+            raise Damage('catalogue: a bad bitmap')
+        b.granularity = 1 << bits
+        if (b.length() > BITMAP_BYTES_MAX or layer.size !=
+                self.clusters(b.length()) * self.cluster_size):
+            raise Damage('catalogue: a bitmap of another size')
+        self.bitmaps[b.layer] = b
+
+    def check_bitmaps(self):
+        used = {i.layer for i in self.images.values()}
+        used |= {s.layer for s in self.snapshots.values()}
+        used |= {x.parent for x in self.layers.values()}
+        if used & set(self.bitmaps):
+            raise Damage('catalogue: the layer of a bitmap is used twice')
+        for image in self.images:
+            own = self.bitmaps_of(image)
+            if (len(own) > BITMAPS_MAX
+                    or len({b.name for b in own}) < len(own)
+                    or sum(b.length() for b in own) > BITMAPS_BYTES_MAX):
+                raise Damage('catalogue: too many bitmaps, or of one name')
+
+    def bitmaps_of(self, image):
+        return [b for b in self.bitmaps.values() if b.image == image]
 
     @staticmethod
     def add(entries, entry, next_id):
@@ -1572,12 +1622,24 @@ def shown(state, layer):
         layer = state.catalogue.layers.get(layer.parent)
 
 
-def extract(store, state, name, out_path):
-    """Write an image or snapshot sparsely; the number of damaged clusters."""
+def extract(store, state, name, out_path, bitmap=None):
+    """Write an image or snapshot sparsely, or the bits of a @bitmap of it; the
+    number of damaged clusters."""
     if state.catalogue is None:
         raise Unreadable('the store holds no image')
     image, layer = state.catalogue.find(name)
-    if image.backing_file:
+    length = layer.size
+    if bitmap is not None:
+        found = [b for b in state.catalogue.bitmaps_of(image.id)
+                 if b.name == bitmap]
+        if not found:
+            raise Unreadable(f'image "{name}" has no bitmap "{bitmap}"')
+        layer, length = state.catalogue.layers[found[0].layer], \
+            found[0].length()
+        if found[0].in_use:
+            store.notes.append(f'bitmap "{bitmap}" is in use: its bits are '
+                               'not to be trusted')
+    elif image.backing_file:
         store.notes.append(f'backing file "{image.backing_file}" ignored: '
                            'unallocated clusters read as zeroes')
     size = store.sb.cluster_size
@@ -1585,7 +1647,7 @@ def extract(store, state, name, out_path):
     fd = os.open(out_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC,
                  0o600)
     with os.fdopen(fd, 'r+b', buffering=0) as out:
-        out.truncate(layer.size)
+        out.truncate(length)
         for start, end, r in shown(state, layer):
             if r.type == ZERO and not r.damage:
                 continue
@@ -1598,7 +1660,7 @@ def extract(store, state, name, out_path):
                     damaged += 1
                     store.problem(f'cluster {cluster} is lost: {error}')
                     continue
-                data = data[:layer.size - cluster * size]
+                data = data[:max(length - cluster * size, 0)]
                 if not is_zero(data):
                     os.pwrite(out.fileno(), data, cluster * size)
     return damaged
@@ -1621,7 +1683,11 @@ def command_info(store, args):
             'level': image.level, 'backing-file': image.backing_file,
             'backing-format': image.backing_format, 'clusters': allocated,
             'snapshots': [s.name for s in state.catalogue.snapshots.values()
-                          if s.image == image.id]})
+                          if s.image == image.id],
+            'bitmaps': [{'name': b.name, 'granularity': b.granularity,
+                         'size': b.size, 'enabled': b.enabled,
+                         'in-use': b.in_use}
+                        for b in state.catalogue.bitmaps_of(image.id)]})
     u = sb.uuid.hex()
     info = {
         'uuid': '-'.join((u[:8], u[8:12], u[12:16], u[16:20], u[20:])),
@@ -1677,7 +1743,7 @@ def command_list(store, args):
 def command_extract(store, args):
     way = 'checkpoint' if args.checkpoint else args.by
     state = store.read_by(way)
-    lost = extract(store, state, args.image, args.out)
+    lost = extract(store, state, args.image, args.out, args.bitmap)
     if args.compare:
         store.compare(state, way)
     if lost:
@@ -1760,6 +1826,8 @@ def main():
             sub.add_argument('out')
             sub.add_argument('--image', default='', metavar='NAME[@SNAPSHOT]',
                              help='instead of the unnamed image')
+            sub.add_argument('--bitmap', metavar='NAME',
+                             help='the bits of this dirty bitmap of it')
             sub.add_argument('--by', default='scan', choices=(
                 'scan', 'checkpoint', 'tail', 'previous'))
             sub.add_argument('--checkpoint', action='store_true',

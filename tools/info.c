@@ -7,12 +7,14 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "extstore/bitmap.h"
 #include "store-internal.h"
 
 typedef struct Info {
     const char *path;
     BaleStoreInfo store;
     BaleImageInfo image;
+    GArray *bitmaps; /* BaleBitmapInfo */
     BaleStoreStats stats;
     BaleDeviceInfo device;
     BaleDeviceStats device_stats;
@@ -252,7 +254,26 @@ static void json_stats(JsonBuilder *b, const Info *info)
     json_builder_end_object(b);
 }
 
-static void json_image(JsonBuilder *b, const BaleImageInfo *image)
+static void json_bitmaps(JsonBuilder *b, const GArray *bitmaps)
+{
+    json_builder_set_member_name(b, "bitmaps");
+    json_builder_begin_array(b);
+    for (guint i = 0; i < bitmaps->len; i++) {
+        BaleBitmapInfo *bitmap = &g_array_index(bitmaps, BaleBitmapInfo, i);
+
+        json_builder_begin_object(b);
+        bale_tool_json_string(b, "name", bitmap->name);
+        bale_tool_json_uint(b, "granularity", bitmap->granularity);
+        bale_tool_json_uint(b, "size", bitmap->size);
+        bale_tool_json_bool(b, "enabled", bitmap->enabled);
+        bale_tool_json_bool(b, "inconsistent", bitmap->in_use);
+        json_builder_end_object(b);
+    }
+    json_builder_end_array(b);
+}
+
+static void json_image(JsonBuilder *b, const BaleImageInfo *image,
+                       const GArray *bitmaps)
 {
     json_builder_begin_object(b);
     bale_tool_json_string(b, "name", image->name);
@@ -267,6 +288,9 @@ static void json_image(JsonBuilder *b, const BaleImageInfo *image)
         bale_tool_json_string(b, "backing-format", image->backing_format);
     }
     bale_tool_json_uint(b, "allocated-clusters", image->allocated_clusters);
+    if (bitmaps->len) {
+        json_bitmaps(b, bitmaps);
+    }
     json_builder_end_object(b);
 }
 
@@ -293,7 +317,7 @@ static void print_json(const Info *info)
     bale_tool_json_uint(b, "live-bytes", info->stats.live_bytes);
     json_builder_set_member_name(b, "images");
     json_builder_begin_array(b);
-    json_image(b, &info->image);
+    json_image(b, &info->image, info->bitmaps);
     json_builder_end_array(b);
     if (info->with_stats) {
         json_stats(b, info);
@@ -329,6 +353,21 @@ static void print_image(const BaleImageInfo *image)
             printf(" (format %s)", image->backing_format);
         }
         printf("\n");
+    }
+}
+
+static void print_bitmaps(const GArray *bitmaps)
+{
+    for (guint i = 0; i < bitmaps->len; i++) {
+        BaleBitmapInfo *bitmap = &g_array_index(bitmaps, BaleBitmapInfo, i);
+        g_autofree char *granularity =
+            bale_tool_size_string(bitmap->granularity);
+
+        printf("  dirty bitmap:    %s (granularity %s%s)\n", bitmap->name,
+               granularity,
+               bitmap->in_use     ? ", inconsistent or in use"
+               : bitmap->enabled ? ""
+                                 : ", disabled");
     }
 }
 
@@ -414,6 +453,7 @@ static void print_text(const Info *info)
         printf("corrupt:           yes\n");
     }
     print_image(&info->image);
+    print_bitmaps(info->bitmaps);
     if (info->with_stats) {
         print_stats(&info->stats);
         print_counters("device statistics:", device_counters,
@@ -427,13 +467,15 @@ static void print_text(const Info *info)
     }
 }
 
-static void gather(Info *info, BaleStore *store, BaleImage *image)
+static void gather(Info *info, BaleStore *store, BaleImage *image,
+                   const char *name)
 {
     BaleDevice *dev = bale_store_device(store);
 
     bale_store_get_info(store, &info->store);
     bale_store_get_stats(store, &info->stats);
     bale_image_get_info(image, &info->image);
+    info->bitmaps = bale_bitmap_list(store, name, NULL);
     dev->ops->get_info(dev, &info->device);
     dev->ops->get_stats(dev, &info->device_stats);
 }
@@ -470,8 +512,9 @@ static int info(const BaleCommand *command, int argc, char **argv)
     }
     image = bale_tool_image_open("info", i->path, store, name);
     if (image) {
-        gather(i, store, image);
+        gather(i, store, image, name ? name : i->image.name);
         (json ? print_json : print_text)(i);
+        g_array_unref(i->bitmaps);
         bale_image_close(image);
     } else {
         status = BALE_EXIT_ERROR;

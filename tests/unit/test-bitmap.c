@@ -281,6 +281,40 @@ static void test_power_cut(void)
     fixture_close(&cut->f);
 }
 
+/* --- a device that fails --- */
+
+/* The n-th write or flush fails: an error, and what is there is not trusted. */
+static void test_device_fails(void)
+{
+    static const BaleSimCall calls[] = { BALE_SIM_STORE, BALE_SIM_FLUSH };
+
+    /* The store says so when it is closed. */
+    g_log_set_always_fatal(G_LOG_FATAL_MASK);
+    for (unsigned n = 1; n <= 8; n++) {
+        for (unsigned i = 0; i < G_N_ELEMENTS(calls); i++) {
+            g_autofree Fixture *f = g_new(Fixture, 1);
+            BaleSimFault fault = { .call = calls[i], .nth = n,
+                                   .error = n % 2 ? -EIO : -ENOSPC };
+            g_autoptr(BaleSimImage) image = NULL;
+            bool ok;
+
+            fixture_init(f);
+            store_ok(f, "b");
+            g_assert_true(bale_bitmaps_begin_use(f->image, NULL));
+            bale_sim_fault(f->dev, &fault);
+            ok = store(f, "b", NULL);
+            g_assert_true(ok || bale_sim_faults_hit(f->dev));
+            image = bale_sim_image(f->dev);
+            bale_image_close(f->image);
+            bale_store_close(f->store, NULL);
+            f->dev = bale_sim_new_from_image(image, &f->sim);
+            fixture_open(f);
+            g_assert_false(look(f, "b") && ok);
+            fixture_close(f);
+        }
+    }
+}
+
 static void test_follows_image(void)
 {
     g_autofree Fixture *f = g_new(Fixture, 1);
@@ -456,6 +490,7 @@ int main(int argc, char **argv)
     g_test_add_func("/bitmap/store-load", test_store_load);
     g_test_add_func("/bitmap/in-use-after-kill", test_in_use_after_kill);
     g_test_add_func("/bitmap/power-cut", test_power_cut);
+    g_test_add_func("/bitmap/device-fails", test_device_fails);
     g_test_add_func("/bitmap/follows-image", test_follows_image);
     g_test_add_func("/bitmap/limits", test_limits);
     g_test_add_func("/bitmap/hostile-catalogue", test_hostile_catalogue);
