@@ -111,6 +111,7 @@ void bale_bs_set_backing(BlockDriverState *bs)
 
     bale_image_set_backing_read(s->image, backing_read, bs);
     bale_image_set_backing_present(s->image, backing_present);
+    bale_image_set_skip_unchanged(s->image, s->skip_unchanged);
 }
 
 /*
@@ -333,6 +334,44 @@ static unsigned discard_flags(BlockDriverState *bs)
     return bs->backing ? 0 : BALE_DISCARD;
 }
 
+/*
+ * The same, but for whole clusters that read as zeroes already, as the engine
+ * cannot know what lies under the image.
+ */
+static int coroutine_fn zero_nonzero(BlockDriverState *bs, int64_t offset,
+                                     int64_t bytes, unsigned flags)
+{
+    BDRVBaleState *s = bs->opaque;
+    int64_t end = offset + bytes, pos = offset, pnum;
+    int ret = 0;
+
+    while (ret == 0 && offset < end) {
+        int64_t skip_from = end, skip_to = end;
+
+        for (; pos < end && skip_from == end; pos += pnum) {
+            ret = bdrv_block_status_above(bs, NULL, pos, end - pos, &pnum,
+                                          NULL, NULL);
+            if (ret < 0 || pnum == 0) {
+                pnum = end - pos;
+            } else if (ret & BDRV_BLOCK_ZERO) {
+                int64_t from = QEMU_ALIGN_UP(pos, s->cluster_size);
+                int64_t to = QEMU_ALIGN_DOWN(pos + pnum, s->cluster_size);
+
+                if (from < to) {
+                    skip_from = from;
+                    skip_to = to;
+                }
+            }
+        }
+        ret = offset < skip_from ? bale_co_zero_range(bs, offset,
+                                                      skip_from - offset,
+                                                      flags)
+                                 : 0;
+        offset = skip_to;
+    }
+    return ret;
+}
+
 int coroutine_fn bale_co_pwrite_zeroes(BlockDriverState *bs,
                                               int64_t offset, int64_t bytes,
                                               BdrvRequestFlags flags)
@@ -348,6 +387,9 @@ int coroutine_fn bale_co_pwrite_zeroes(BlockDriverState *bs,
     /* The rest of the last sector, which the image does not have, is zero. */
     if ((uint64_t)offset + bytes > size) {
         bytes = (uint64_t)offset < size ? size - offset : 0;
+    }
+    if (s->skip_unchanged && bs->backing) {
+        return zero_nonzero(bs, offset, bytes, zero_flags);
     }
     return bytes ? bale_co_zero_range(bs, offset, bytes, zero_flags) : 0;
 }

@@ -41,12 +41,17 @@ typedef struct BDRVBaleState {
     unsigned workers;
     bool has_cache_size, has_workers;
 
+    bool skip_unchanged;
+
     BaleControl control;
 } BDRVBaleState;
 
 /* bale-io.c: requests, and the engine's reads of the backing node. */
 
-/* Let @s->image, which was just opened, read what lies under @bs. */
+/*
+ * Let @s->image, which was just opened, read what lies under @bs; and tell it
+ * @s->skip_unchanged.
+ */
 void bale_bs_set_backing(BlockDriverState *bs);
 
 int coroutine_fn bale_co_preadv_part(BlockDriverState *bs, int64_t offset,

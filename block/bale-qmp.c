@@ -118,6 +118,7 @@ static BaleNodeStats *get_stats(BaleStore *store)
     COPY(read_modify_writes);
     COPY(memory_hits);
     COPY(incompressible);
+    COPY(unchanged_clusters);
     COPY(checksum_errors);
     COPY(cache_hits);
     COPY(cache_misses);

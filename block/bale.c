@@ -40,6 +40,7 @@
 #define BALE_OPT_CACHE_SIZE          "cache-size"
 #define BALE_OPT_COMPRESSION_THREADS "compression-threads"
 #define BALE_OPT_IMAGE               "image"
+#define BALE_OPT_SKIP_UNCHANGED      "skip-unchanged"
 
 BaleStore *bale_bs_store(BlockDriverState *bs)
 {
@@ -120,6 +121,12 @@ static QemuOptsList bale_runtime_opts = {
             .help = "IMAGE or IMAGE@SNAPSHOT in the store "
                     "(default: the unnamed image)",
         },
+        {
+            .name = BALE_OPT_SKIP_UNCHANGED,
+            .type = QEMU_OPT_BOOL,
+            .help = "Store no cluster again that is written with what it "
+                    "holds (default: off)",
+        },
         { /* end of list */ }
     },
 };
@@ -153,6 +160,8 @@ static int bale_read_options(BDRVBaleState *s, QDict *options, Error **errp)
     s->has_cache_size = qemu_opt_find(opts, BALE_OPT_CACHE_SIZE);
     s->cache_size = qemu_opt_get_size(opts, BALE_OPT_CACHE_SIZE,
                                       BALE_CACHE_SIZE_DEFAULT);
+    s->skip_unchanged = qemu_opt_get_bool(opts, BALE_OPT_SKIP_UNCHANGED,
+                                          false);
     s->image_name = g_strdup(qemu_opt_get(opts, BALE_OPT_IMAGE));
     ret = 0;
 
@@ -310,19 +319,27 @@ static QemuOptsList bale_reopen_opts = {
             .help = "Threads that compress and decompress "
                     "(default: one for each core)",
         },
+        {
+            .name = BALE_OPT_SKIP_UNCHANGED,
+            .type = QEMU_OPT_BOOL,
+            .help = "Store no cluster again that is written with what it "
+                    "holds (default: off)",
+        },
         { /* end of list */ }
     },
 };
 
 /* ... and be left out again, which stands for the default. */
 static const char *const bale_mutable_opts[] = {
-    BALE_OPT_CACHE_SIZE, BALE_OPT_COMPRESSION_THREADS, NULL
+    BALE_OPT_CACHE_SIZE, BALE_OPT_COMPRESSION_THREADS,
+    BALE_OPT_SKIP_UNCHANGED, NULL
 };
 
 typedef struct BaleReopen {
     uint64_t cache_size;
     unsigned workers;
     bool has_cache_size, has_workers;
+    bool skip_unchanged;
 } BaleReopen;
 
 /* After a reopen: what was read-only can change again. */
@@ -356,6 +373,8 @@ static int bale_reopen_prepare(BDRVReopenState *state,
     r->has_cache_size = qemu_opt_find(opts, BALE_OPT_CACHE_SIZE);
     r->cache_size = qemu_opt_get_size(opts, BALE_OPT_CACHE_SIZE,
                                       BALE_CACHE_SIZE_DEFAULT);
+    r->skip_unchanged = qemu_opt_get_bool(opts, BALE_OPT_SKIP_UNCHANGED,
+                                          false);
     if (!(state->flags & (BDRV_O_RDWR | BDRV_O_INACTIVE)) && job &&
         bale_job_writes(job)) {
         error_setg(errp, "Node '%s' has a job that writes: '%s'",
@@ -389,6 +408,8 @@ static void bale_reopen_commit(BDRVReopenState *state)
     BaleReopen *r = state->opaque;
     bool alone = QLIST_FIRST(&s->shared->nodes) == s && !QLIST_NEXT(s, next);
 
+    s->skip_unchanged = r->skip_unchanged;
+    bale_image_set_skip_unchanged(s->image, s->skip_unchanged);
     /* What is left out means the default, but not to other nodes. */
     if (r->cache_size != s->shared->cache_size &&
         (r->has_cache_size || alone)) {

@@ -68,6 +68,7 @@ static const Counter store_counters[] = {
     STORE_COUNTER("read-modify-writes", read_modify_writes),
     STORE_COUNTER("memory-hits", memory_hits),
     STORE_COUNTER("incompressible", incompressible),
+    STORE_COUNTER("unchanged-clusters", unchanged_clusters),
     STORE_COUNTER("checksum-errors", checksum_errors),
     STORE_COUNTER("cache-hits", cache_hits),
     STORE_COUNTER("cache-misses", cache_misses),

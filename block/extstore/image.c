@@ -241,6 +241,30 @@ static int image_put_zeroes(BaleImage *image, uint64_t first, uint32_t count)
     return ret;
 }
 
+/*
+ * The first cluster in [@first, @end) that does not read as zeroes already, or
+ * of which the log has patches; or @end.
+ */
+static uint64_t image_next_nonzero(BaleImage *image, uint64_t first,
+                                   uint64_t end)
+{
+    bool backing = bale_image_has_backing(image);
+
+    for (uint64_t c = first;; c++) {
+        uint64_t value;
+
+        c = backing ? c : image_next_cluster(image, c, end);
+        if (c >= end) {
+            return end;
+        }
+        value = bale_image_find(image, c);
+        if (!value || bale_value_class(value) ||
+            bale_mutable_next_patched(image->mutable_region, c, c + 1) == c) {
+            return c;
+        }
+    }
+}
+
 int bale_image_zero_clusters(BaleImage *image, uint64_t first, uint64_t count,
                              bool discard)
 {
@@ -250,7 +274,17 @@ int bale_image_zero_clusters(BaleImage *image, uint64_t first, uint64_t count,
     while (ret == 0 && first < end) {
         uint64_t run = end;
 
-        if (discard && !bale_image_has_backing(image)) {
+        if (__atomic_load_n(&image->skip_unchanged, __ATOMIC_RELAXED)) {
+            first = image_next_nonzero(image, first, end);
+            if (first == end) {
+                break;
+            }
+            run = first + 1;
+            while (run < end && image_next_nonzero(image, run, run + 1) ==
+                                    run) {
+                run++;
+            }
+        } else if (discard && !bale_image_has_backing(image)) {
             /* What was never written reads as zeroes without our help. */
             first = image_next_cluster(image, first, end);
             if (first == end) {
@@ -421,6 +455,11 @@ void bale_image_get_info(BaleImage *image, BaleImageInfo *info)
     memcpy(info->backing_format, image->record.backing_format,
            sizeof(info->backing_format));
     pthread_mutex_unlock(&s->log_lock);
+}
+
+void bale_image_set_skip_unchanged(BaleImage *image, bool skip)
+{
+    __atomic_store_n(&image->skip_unchanged, skip, __ATOMIC_RELAXED);
 }
 
 void bale_image_set_backing_read(BaleImage *image, BaleBackingRead *read,

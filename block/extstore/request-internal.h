@@ -30,6 +30,7 @@ struct BaleClusterOp {
     uint64_t cluster;
     uint64_t count;      /* > 1 or 0 < : zero only */
     bool claimed;        /* of the mutable region */
+    bool compared;       /* with what is there */
     uint32_t offset;     /* in the cluster */
     uint32_t len;        /* 0: the whole range of a zero request */
     uint64_t at;         /* in the request's data */

@@ -545,6 +545,64 @@ static void op_copy_up_start(BaleClusterOp *op)
     }
 }
 
+/* --- writes that change nothing --- */
+
+/* On a worker: what was there is in memory. */
+static void op_compare_work(BaleWork *work, void *context, unsigned worker)
+{
+    BaleClusterOp *op = bale_op_of_work(work);
+    BaleWorkerContext *wc = context;
+    BaleRequest *req = op->req;
+
+    bale_iov_copy(req->iov, req->iovcnt, op->at, wc->cluster, op->len, false);
+    if (memcmp(wc->cluster, op->buf, op->len) == 0) {
+        stat_add(&req->image->store->stats.unchanged_clusters, 1);
+        bale_op_done(op, 0);
+    } else {
+        op_write_start(op);
+    }
+}
+
+static void op_compare_read(void *opaque, int ret)
+{
+    BaleClusterOp *op = opaque;
+
+    if (ret < 0) {
+        /* What cannot be read is better written anew. */
+        bale_memory_free(op->buf);
+        op->buf = NULL;
+        op_write_start(op);
+        return;
+    }
+    op->work.fn = op_compare_work;
+    bale_workers_push(op->req->image->store->workers, &op->work,
+                      BALE_WORK_NORMAL);
+}
+
+/*
+ * Read what a whole cluster shows, to see whether the write changes it.  There
+ * is no digest of the contents to look at first; but decompressing takes less
+ * than compressing would, to which only what has changed comes.
+ */
+static bool op_compare_start(BaleClusterOp *op)
+{
+    BaleImage *image = op->req->image;
+
+    if (op->compared || op->req->kind != REQUEST_WRITE ||
+        !__atomic_load_n(&image->skip_unchanged, __ATOMIC_RELAXED)) {
+        return false;
+    }
+    op->compared = true;
+    op->buf = bale_memory_try_alloc(BALE_BLOCK_SIZE,
+                                    image->store->cluster_size);
+    if (!op->buf) {
+        return false;
+    }
+    image_read_cluster(image, REQUEST_READ, op->cluster, op->buf,
+                       op_compare_read, op);
+    return true;
+}
+
 /* The range is ours. */
 static void write_start(BaleRequest *req)
 {
@@ -581,6 +639,9 @@ static void op_write_start(BaleClusterOp *op)
         return;
     }
     if (whole) {
+        if (op_compare_start(op)) {
+            return;
+        }
         op->work.fn = op_write_again;
         if (!bale_mutable_claim(image->mutable_region, begin,
                                 op->count << s->cluster_bits, &op->work)) {

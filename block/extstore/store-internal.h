@@ -189,6 +189,7 @@ struct BaleImage {
     BaleLayer *top;          /* atomic; changes under session_lock */
     BaleImageRecord record;  /* under log_lock */
     bool read_only;          /* atomic */
+    bool skip_unchanged;     /* atomic */
     unsigned openers;        /* under log_lock */
 
     BaleBackingRead *backing_read; /* set before requests */

@@ -296,6 +296,8 @@ typedef struct BaleStoreStats {
     uint64_t reads, read_bytes, writes, write_bytes, zeroes, zero_bytes;
     uint64_t read_modify_writes, memory_hits; /* hits: in write buffers */
     uint64_t incompressible;           /* clusters stored as they are */
+    uint64_t unchanged_clusters;       /* not stored: see
+                                        * bale_image_set_skip_unchanged() */
     uint64_t checksum_errors;
 
     /* The cluster cache; a miss is a demand read that found nothing. */
@@ -382,6 +384,15 @@ void bale_image_set_backing_read(BaleImage *image, BaleBackingRead *read,
 typedef bool BaleBackingPresent(void *opaque);
 void bale_image_set_backing_present(BaleImage *image,
                                     BaleBackingPresent *present);
+
+/*
+ * With @skip a write of a whole cluster first reads what the image shows there
+ * (of its own, its layers, or what lies under it) and, if that is the same, is
+ * over: nothing is stored.  So copying a whole disk over an older copy takes
+ * only the space of what has changed, and stores nothing in the top layer but
+ * that.  It costs reading the older copy.  Any thread.
+ */
+void bale_image_set_skip_unchanged(BaleImage *image, bool skip);
 
 typedef enum BaleRequestFlags {
     BALE_FUA     = 1 << 0, /* durable when it completes */

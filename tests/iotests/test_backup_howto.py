@@ -109,6 +109,43 @@ class ClientTest(bale_iotests.TestCase):
         check(image)
         same(raw, image)
 
+    def bitmaps(self, vm, node):
+        return [b for n in vm.command('query-named-block-nodes', flat=True)
+                if n['node-name'] == node for b in n.get('dirty-bitmaps', [])]
+
+    def test_restarted_killed_and_compared(self):
+        """After a restart incrementals go on; after a kill, by comparing."""
+        disk = Disk(self, 'd')
+        points = []
+
+        def back_up(vm, kind, **more):
+            raw = disk.freeze(len(points))
+            points.append((raw, self.client(vm, kind, 'd',
+                                            **more).out.strip()))
+
+        with self.machine(disk) as vm:
+            back_up(vm, 'full')
+            vm.write(disk)
+        with self.machine(disk) as vm:
+            vm.write(disk)
+            back_up(vm, 'incremental')
+            vm.write(disk)
+            vm.process.kill()
+        with self.machine(disk) as vm:
+            self.assertEqual(self.bitmaps(vm, 'd'), [])
+            refused = self.client(vm, 'incremental', 'd', check_status=1)
+            self.assertIn('one that compares', refused.err)
+            vm.write(disk)
+            back_up(vm, 'compare')
+            self.assertEqual(len(self.bitmaps(vm, 'd')), 1)
+            vm.write(disk)
+            back_up(vm, 'incremental')
+        for raw, image in points:
+            check(image)
+            same(raw, image)
+        used = [os.stat(image).st_blocks for _, image in points]
+        self.assertLess(used[2], used[0])
+
 
 if __name__ == '__main__':
     bale_iotests.main()

@@ -396,6 +396,96 @@ class BitmapsTest(bale_iotests.TestCase):
             self.assertEqual(file.read(), bits)
 
 
+class UnchangedTest(bale_iotests.TestCase):
+    """skip-unchanged: what differs is found without a bitmap."""
+
+    def setUp(self):
+        # Extents of whole clusters: only these are compared
+        self.raw = make_raw(self.random, self.path('disk.raw'), SIZE, parts=2,
+                            part_length=4 * MIB)
+
+    def change(self, count):
+        """Changes @count clusters of 64 KiB that hold data."""
+        with open(self.raw, 'r+b') as file:
+            for i in range(count):
+                file.seek(i * 5 * 64 * KIB + 100)
+                file.write(self.random.randbytes(300))
+
+    def copy(self, target, on=True):
+        qemu_img('convert', '-n', '-S', '0', '--target-image-opts', '-f',
+                 'raw', self.raw, f'driver=bale,file.filename={target},'
+                 f'skip-unchanged={"on" if on else "off"}')
+
+    def live(self, path):
+        return json.loads(bale('info', '--json', path,
+                               check=0).out)['live-bytes']
+
+    def test_over_a_snapshot(self):
+        store = self.path('store.bale')
+        create(store, SIZE)
+        self.copy(store)
+        full = self.live(store)
+        bale('image', 'snapshot', store, '@old', check=0)
+        old = self.path('old.raw')
+        bale_iotests.run('cp', '--sparse=always', self.raw, old, check=0)
+        self.copy(store)
+        self.assertLess(self.live(store) - full, 32 * KIB)
+        self.change(5)  # of 512 clusters: 1 %
+        self.copy(store)
+        grown = self.live(store) - full
+        self.assertGreater(grown, 1500)
+        self.assertLess(grown, 5 * 65 * KIB)
+        same_image(self.raw, store)
+        bale('export', '-i', '@old', store, 'x.raw', check=0)
+        qemu_img('compare', '-q', '-f', 'raw', '-F', 'raw', old, 'x.raw')
+        check(store)
+        self.copy(store, on=False)
+        self.assertGreater(self.live(store), full * 3 // 2)
+        same_image(self.raw, store)
+
+    def test_over_a_backing_file(self):
+        """By a backup job; zeroes over zeroes take nothing either."""
+        for fmt in ('bale', 'qcow2'):
+            base, top = self.path('base.' + fmt), self.path(f'{fmt}.bale')
+            qemu_img('convert', '-O', fmt, self.raw, base)
+            qemu_img('create', '-q', '-f', 'bale', '-b', base, '-F', fmt,
+                     top)
+            self.change(5)
+            with open(self.raw, 'r+b') as file:
+                file.seek(SIZE - MIB)
+                file.write(bytes(64 * KIB))
+            with Qemu(DAEMON) as qemu:
+                qemu.command('blockdev-add', driver='raw', node_name='n',
+                             file={'driver': 'file', 'filename': self.raw})
+                qemu.command('blockdev-add', driver='bale', node_name='t',
+                             skip_unchanged=True,
+                             file={'driver': 'file', 'filename': top})
+                qemu.command('blockdev-backup', job_id='j', device='n',
+                             target='t', sync='full')
+                self.assertEqual(qemu.run_job('j'), '')
+            same_image(self.raw, top)
+            info = json.loads(bale('info', '--json', top, check=0).out)
+            self.assertLessEqual(info['images'][0]['allocated-clusters'], 6)
+            check(top)
+
+    def test_reopen(self):
+        store = self.path('store.bale')
+        create(store, SIZE)
+        with Qemu(DAEMON) as qemu:
+            options = {'driver': 'bale', 'node-name': 't',
+                       'file': {'driver': 'file', 'node-name': 'f',
+                                'filename': store}}
+            qemu.command('blockdev-add', driver='bale', node_name='t',
+                         file=options['file'])
+            for on in (True, False):
+                qemu.command('blockdev-reopen', options=[
+                    {**options, 'skip-unchanged': on}])
+
+
+def same_image(raw, image):
+    qemu_img('compare', '-q', '-f', 'raw', '-F', 'bale', raw, image)
+
+
 def stored_in_use(node, path):
     """As somebody sees it who looks at the file now."""
     copy = path + '.copy'

@@ -108,6 +108,7 @@ typedef struct Geometry {
     unsigned clusters;  /* of the image at first, less 3 sectors */
     unsigned max;       /* clusters it may grow to */
     bool backing;       /* something lies under it */
+    bool skip_unchanged; /* writes are compared with what is there */
 } Geometry;
 
 extern const Geometry geometries[];

@@ -17,10 +17,11 @@
 const Geometry geometries[] = {
     { "small", 4096, BALE_CODEC_ZSTD, 6, 8, false },
     { "backed", 4096, BALE_CODEC_DEFLATE, 6, 8, true },
-    { "middle", 16384, BALE_CODEC_ZSTD, 6, 8, true },
+    { "middle", 16384, BALE_CODEC_ZSTD, 6, 8, true, .skip_unchanged = true },
     /* A few writes fill a page, so that pages are freed and used again. */
     { "pages", 262144, BALE_CODEC_NONE, 5, 6, false },
     { "pages-backed", 262144, BALE_CODEC_NONE, 5, 6, true },
+    { "skipping", 4096, BALE_CODEC_ZSTD, 6, 8, .skip_unchanged = true },
 };
 const unsigned geometry_count = G_N_ELEMENTS(geometries);
 
@@ -353,6 +354,7 @@ bool world_open(World *w)
     if (w->geo->backing) {
         bale_image_set_backing_read(w->image, world_backing_read, w);
     }
+    bale_image_set_skip_unchanged(w->image, w->geo->skip_unchanged);
     return true;
 }
 

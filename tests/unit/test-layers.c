@@ -522,17 +522,87 @@ static void random_requests(Fixture *f, GRand *rand)
         pos = g_rand_int_range(rand, 0, m->size / 512) * 512ull;
         len = g_rand_int_range(rand, 1, 200) * 512ull;
         len = MIN(len, m->size - pos);
-        if (g_rand_int_range(rand, 0, 4)) {
+        bale_image_set_skip_unchanged(m->image, g_rand_boolean(rand));
+        switch (g_rand_int_range(rand, 0, 6)) {
+        case 0: /* what is there already, whole clusters of it at least */
+            len = MIN(len + 2 * CLUSTER, m->size - pos);
+            g_assert_cmpint(bale_image_write_sync(m->image, pos,
+                                                  m->data + pos, len, 0), ==,
+                            0);
+            break;
+        case 1:
+        case 2:
+        case 3:
+        case 4:
             model_write(m, pos, len, g_rand_int(rand));
-        } else {
+            break;
+        default:
             memset(m->data + pos, 0, len);
             g_assert_cmpint(
                 bale_image_zero_sync(m->image, pos, len,
                                      g_rand_boolean(rand) ? BALE_DISCARD
                                                           : 0), ==, 0);
+            break;
         }
     }
 }
+
+static uint64_t unchanged(Fixture *f)
+{
+    g_autofree BaleStoreStats *stats = g_new(BaleStoreStats, 1);
+
+    bale_store_get_stats(f->store, stats);
+    return stats->unchanged_clusters;
+}
+
+static uint64_t top_clusters(Model *m)
+{
+    BaleIndexStats stats;
+
+    bale_index_get_stats(m->image->top->index, &stats);
+    return stats.keys;
+}
+
+/* A full copy over a snapshot of an older one stores what has changed. */
+static void test_skip_unchanged(void)
+{
+    const unsigned all = IMAGE_SIZE / CLUSTER;
+    g_autofree uint8_t *copy = g_malloc0(IMAGE_SIZE);
+    Fixture f;
+    Model *m;
+
+    fixture_init(&f, "n");
+    m = g_ptr_array_index(f.models, 0);
+    model_write(m, 0, IMAGE_SIZE / 2, 1);
+    model_write(m, IMAGE_SIZE / 2 + 100, 700, 2); /* in a patch */
+    snapshot(&f, m, "old");
+    g_assert_cmpuint(top_clusters(m), ==, 0);
+    memcpy(copy, m->data, IMAGE_SIZE);
+    copy[3 * CLUSTER + 5] ^= 1;
+    memset(copy + 7 * CLUSTER, 0, CLUSTER);
+    copy[(all - 1) * CLUSTER] = 9;
+    bale_image_set_skip_unchanged(m->image, true);
+    g_assert_cmpint(bale_image_write_sync(m->image, 0, copy, IMAGE_SIZE, 0),
+                    ==, 0);
+    memcpy(m->data, copy, IMAGE_SIZE);
+    g_assert_cmpuint(top_clusters(m), ==, 3);
+    g_assert_cmpuint(unchanged(&f), ==, all - 3);
+    /* Zeroes where there are zeroes, of a record or of none. */
+    g_assert_cmpint(bale_image_zero_sync(m->image, 7 * CLUSTER, CLUSTER, 0),
+                    ==, 0);
+    g_assert_cmpint(bale_image_zero_sync(m->image, (all - 5) * CLUSTER,
+                                         4 * CLUSTER, 0), ==, 0);
+    g_assert_cmpuint(top_clusters(m), ==, 3);
+    check_all(&f);
+    fixture_reopen(&f, false);
+    check_all(&f);
+    bale_image_set_skip_unchanged(m->image, false);
+    g_assert_cmpint(bale_image_write_sync(m->image, 0, copy, IMAGE_SIZE, 0),
+                    ==, 0);
+    g_assert_cmpuint(top_clusters(m), ==, all);
+    fixture_clear(&f);
+}
+
 
 static void random_resize(Fixture *f, GRand *rand, Model *m)
 {
@@ -761,6 +831,7 @@ int main(int argc, char **argv)
     g_test_add_func("/layers/shrink-over-parent", test_shrink_over_parent);
     g_test_add_func("/layers/clone-delete", test_clone_delete);
     g_test_add_func("/layers/flatten", test_flatten);
+    g_test_add_func("/layers/skip-unchanged", test_skip_unchanged);
     g_test_add_func("/layers/names", test_names);
     g_test_add_func("/layers/depth-capped", test_depth_capped);
     g_test_add_func("/layers/hostile-catalogue", test_hostile_catalogue);
