@@ -21,6 +21,7 @@
 #include "block/block_int.h"
 #include "block/dirty-bitmap.h"
 #include "qapi/error.h"
+#include "qemu/cutils.h"
 #include "qemu/error-report.h"
 
 #include "extstore/bitmap.h"
@@ -87,6 +88,9 @@ static void bits_take(void *opaque, uint64_t pos, void *buf, size_t len)
 {
     uint64_t offset, bytes, bits;
 
+    if (buffer_is_zero(buf, len)) {
+        return; /* as it is made; what a store claims takes no memory */
+    }
     bits_range(opaque, pos, len, &offset, &bytes);
     /* Nothing may be dirty behind the end, whatever the store says. */
     bits = DIV_ROUND_UP(bytes, bdrv_dirty_bitmap_granularity(opaque));
