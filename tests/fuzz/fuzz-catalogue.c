@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "../../block/extstore/store-internal.h"
+#include "extstore/bitmap.h"
 #include "stores.h"
 
 #define CLUSTER_SIZE 4096u
@@ -69,6 +70,18 @@ static void check_names(const BaleCatalogue *cat)
         require(bale_catalogue_layer(cat, e->layer) &&
                 bale_catalogue_image(cat, e->image));
         require(bale_catalogue_snapshot(cat, e->image, e->name) == e);
+    }
+    for (guint i = 0; i < cat->bitmaps->len; i++) {
+        BaleBitmapEntry *e = &g_array_index(cat->bitmaps, BaleBitmapEntry,
+                                            i);
+        BaleLayerEntry *layer = bale_catalogue_layer(cat, e->layer);
+
+        require(layer && !layer->parent &&
+                layer->size >= bale_bitmap_data_len(e->size,
+                                                    e->granularity) &&
+                layer->size < BALE_BITMAP_DATA_MAX + CLUSTER_SIZE);
+        require(bale_catalogue_image(cat, e->image) &&
+                bale_catalogue_bitmap(cat, e->image, e->name) == e);
     }
 }
 

@@ -10,9 +10,9 @@ import json
 import os
 
 import bale_iotests
-from bale_backup import DAEMON, KIB, MIB
+from bale_backup import DAEMON, KIB, MIB, SYSTEM
 from bale_images import check, create, io, make_raw
-from bale_iotests import bale, qemu_img
+from bale_iotests import bale, qemu_img, wait_until
 from bale_qmp import Qemu, QmpError
 
 SIZE = 32 * MIB
@@ -375,6 +375,28 @@ class BitmapsTest(bale_iotests.TestCase):
         node.command('blockdev-del', node_name='t')
         if error:
             raise AssertionError(error)
+
+    def test_handed_over_and_back(self):
+        """Who is migrated to has them, and gives them back."""
+        with Qemu(SYSTEM) as qemu:
+            qemu.command('blockdev-add', driver='bale', node_name='n', file={
+                'driver': 'file', 'filename': self.image})
+            qemu.command('block-dirty-bitmap-add', node='n', name='b0',
+                         persistent=True)
+            qemu.hmp('qemu-io n "write -P 1 0 64k"')
+            qemu.command('migrate', uri='exec:cat > /dev/null')
+            wait_until(lambda: qemu.command('query-migrate')['status'] ==
+                       'completed', 'migration')
+            self.assertFalse(stored(self.image)['b0']['inconsistent'])
+            io(self.image, 'write -P 2 1M 64k')
+            qemu.command('cont')
+            qemu.hmp('qemu-io n "write -P 3 2M 64k"')
+            node = [n for n in qemu.command('query-named-block-nodes')
+                    if n['node-name'] == 'n'][0]
+            self.assertEqual([b['count'] for b in node['dirty-bitmaps']],
+                             [3 * 64 * KIB])
+            self.assertTrue(stored_in_use(qemu, self.image))
+        self.assertFalse(stored(self.image)['b0']['inconsistent'])
 
     def test_reader(self):
         """The document alone is enough to find the bits."""
