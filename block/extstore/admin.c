@@ -316,23 +316,45 @@ static void admin_forget(BaleStore *s, BaleImage *image)
     pthread_mutex_unlock(&s->log_lock);
 }
 
+/*
+ * Delete image @id by making @cat the store's.  What waits in the mutable region
+ * goes with the image, or stays with it if the change fails.  Under admin_lock.
+ */
+static int admin_commit_deletion(BaleStore *s, BaleCatalogue *cat, uint32_t id)
+{
+    g_autoptr(GPtrArray) held = g_ptr_array_new();
+    int ret;
+
+    for (guint i = 0; i < s->images->len; i++) {
+        BaleImage *image = g_ptr_array_index(s->images, i);
+
+        if (image->id == id) {
+            bale_mutable_freeze(image->mutable_region);
+            __atomic_add_fetch(&image->top->refs, 1, __ATOMIC_RELAXED);
+            g_ptr_array_add(held, image);
+        }
+    }
+    ret = bale_catalogue_commit(s, cat);
+    for (guint i = 0; i < held->len; i++) {
+        BaleImage *image = g_ptr_array_index(held, i);
+
+        /* Also if only the flush has failed: the layer is gone. */
+        if (!bale_catalogue_image(s->catalogue, id)) {
+            admin_forget(s, image);
+        }
+        bale_mutable_thaw(image->mutable_region);
+        bale_layer_unref_later(image->top);
+    }
+    return ret;
+}
+
 bool bale_image_delete(BaleStore *s, const char *name, GError **errp)
 {
-    PATCHES_PAUSED(s);
-    BaleCatalogue *cat;
-    BaleImageEntry *e;
+    BaleCatalogue *cat = edit_begin(s);
+    BaleImageEntry *e = edit_image(cat, name, errp);
     uint32_t id;
-    int ret = s->read_only ? 0 : bale_store_write_out_sync(s);
+    int ret;
 
-    /*
-     * What admin_forget() drops must be in the layer: the image stays if the
-     * change fails.  But a full store must be able to delete.
-     */
-    if (ret < 0 && ret != -ENOSPC) {
-        return admin_error(errp, ret, "deleting an image");
-    }
-    cat = edit_begin(s);
-    e = edit_image(cat, name, errp);
     if (!e || !admin_check_closed(s, e->id, 0, e->name, errp)) {
         return edit_drop(s, cat);
     }
@@ -353,18 +375,13 @@ bool bale_image_delete(BaleStore *s, const char *name, GError **errp)
             g_array_remove_index(cat->snapshots, i);
         }
     }
-    for (guint i = s->images->len; i-- > 0;) {
-        BaleImage *image = g_ptr_array_index(s->images, i);
-
-        if (image->id == id) {
-            admin_forget(s, image);
-        }
-    }
     g_array_remove_index(cat->images,
                          e - (BaleImageEntry *)cat->images->data);
     bale_bitmaps_forget(cat, id);
     bale_catalogue_collect(cat);
-    return edit_commit(s, cat, "deleting an image", errp);
+    ret = admin_commit_deletion(s, cat, id);
+    pthread_mutex_unlock(&s->admin_lock);
+    return ret == 0 || admin_error(errp, ret, "deleting an image");
 }
 
 bool bale_image_rename(BaleStore *s, const char *name, const char *new_name,

@@ -68,6 +68,7 @@ struct BaleMutable {
     GQueue outs;           /* MutableOut by link */
     unsigned outs_max;
     unsigned claims;       /* not yet settled */
+    bool frozen;           /* nothing leaves the region */
     pthread_cond_t idle;   /* something that was under way has ended */
     uint8_t *zeroes;       /* one cluster of them */
     /* The one who appends patches. */
@@ -362,7 +363,7 @@ static BalePatched *mutable_due(BaleMutable *m, bool patches)
     uint64_t wanted = mutable_wanted(m, false);
     bool paused = __atomic_load_n(&s->patch_pauses, __ATOMIC_ACQUIRE);
 
-    if (paused && patches) {
+    if (m->frozen || (paused && patches)) {
         return NULL;
     }
     for (GList *l = m->patched.unsaved.head; l; l = l->next) {
@@ -402,6 +403,10 @@ static void mutable_kick(BaleMutable *m)
         int err = 0;
 
         pthread_mutex_lock(&m->lock);
+        if (m->frozen) {
+            pthread_mutex_unlock(&m->lock);
+            return;
+        }
         if (m->flushes && !m->journaling && mutable_due(m, true)) {
             m->journaling = journal = true;
         }
@@ -584,6 +589,7 @@ static void mutable_journal_work(BaleWork *work, void *context,
         ret = mutable_journal_cluster(m, p, wc->cluster, true);
     }
     m->journaling = false;
+    pthread_cond_broadcast(&m->idle);
     flushes = ret < 0 ? mutable_take_flushes(m, ret, 0) : NULL;
     pthread_mutex_unlock(&m->lock);
     mutable_finish_flushes(m, flushes, ret);
@@ -856,6 +862,24 @@ void bale_mutable_flush(BaleMutable *m, bool write_out, BaleDone *done,
         continue;
     }
     *p = f;
+    pthread_mutex_unlock(&m->lock);
+    mutable_kick(m);
+}
+
+void bale_mutable_freeze(BaleMutable *m)
+{
+    pthread_mutex_lock(&m->lock);
+    m->frozen = true;
+    while (m->outs.length || m->journaling) {
+        pthread_cond_wait(&m->idle, &m->lock);
+    }
+    pthread_mutex_unlock(&m->lock);
+}
+
+void bale_mutable_thaw(BaleMutable *m)
+{
+    pthread_mutex_lock(&m->lock);
+    m->frozen = false;
     pthread_mutex_unlock(&m->lock);
     mutable_kick(m);
 }

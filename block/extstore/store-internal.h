@@ -683,6 +683,12 @@ bool bale_mutable_waiting(BaleMutable *m, bool write_out);
  */
 void bale_mutable_flush(BaleMutable *m, bool write_out, BaleDone *done,
                         void *opaque);
+/*
+ * Of an image that nobody has open: until bale_mutable_thaw() nothing goes from
+ * the region to the log, and flushes wait.
+ */
+void bale_mutable_freeze(BaleMutable *m);
+void bale_mutable_thaw(BaleMutable *m);
 /* Forget bytes.  What patches say of whole clusters is hidden by now. */
 void bale_mutable_discard(BaleMutable *m, uint64_t offset, uint64_t len);
 /* The first cluster in [@first, @end) with patches that count, or @end. */

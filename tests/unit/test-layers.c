@@ -395,6 +395,47 @@ static void test_clone_delete(void)
 }
 
 /* After flattening nothing lies under the image; it shows the same. */
+/*
+ * A full device refuses to begin a session, so that nothing can be written out
+ * and the image cannot be deleted: it keeps what was written to it.
+ */
+static void test_delete_full(void)
+{
+    BaleSimFault full = { .call = BALE_SIM_STORE, .sticky = true,
+                          .error = -ENOSPC };
+    Fixture f;
+    Model *m;
+    g_autoptr(GError) err = NULL;
+
+    fixture_init(&f, "disk");
+    m = g_ptr_array_index(f.models, 0);
+    memset(m->data + 512, 7, 1024);
+    g_assert_cmpint(bale_image_write_sync(m->image, 512, m->data + 512, 1024,
+                                          0), ==, 0);
+    bale_image_close(m->image);
+    bale_sim_fault(f.dev, &full);
+    g_assert_false(bale_image_delete(f.store, "disk", &err));
+    g_assert_error(err, BALE_STORE_ERROR, BALE_STORE_ERROR_NO_SPACE);
+    g_clear_error(&err);
+    bale_sim_faults_clear(f.dev);
+    m->image = bale_image_open(f.store, "disk", &err);
+    g_assert_no_error(err);
+    model_check(&f, m);
+    fixture_reopen(&f, false);
+    model_check(&f, m);
+
+    /* And what waits does not keep it from being deleted. */
+    memset(m->data, 8, 512);
+    g_assert_cmpint(bale_image_write_sync(m->image, 0, m->data, 512, 0), ==,
+                    0);
+    bale_image_close(m->image);
+    g_assert_true(bale_image_delete(f.store, "disk", &err));
+    g_assert_no_error(err);
+    g_ptr_array_set_size(f.models, 0);
+    fixture_reopen(&f, true);
+    fixture_clear(&f);
+}
+
 static void test_flatten(void)
 {
     g_autoptr(GError) err = NULL;
@@ -830,6 +871,7 @@ int main(int argc, char **argv)
     g_test_add_func("/layers/delete-middle", test_delete_middle);
     g_test_add_func("/layers/shrink-over-parent", test_shrink_over_parent);
     g_test_add_func("/layers/clone-delete", test_clone_delete);
+    g_test_add_func("/layers/delete-full", test_delete_full);
     g_test_add_func("/layers/flatten", test_flatten);
     g_test_add_func("/layers/skip-unchanged", test_skip_unchanged);
     g_test_add_func("/layers/names", test_names);
