@@ -559,8 +559,8 @@ bool bale_image_set_backing(BaleImage *image, const char *backing_file,
     return edit_commit(s, cat, "changing the backing file", errp);
 }
 
-/* Drop all clusters of the only layer. */
-static int image_drop_all(BaleImage *image)
+/* Drop all clusters of the only layer; one attempt. */
+static int image_drop_once(BaleImage *image)
 {
     BaleStore *s = image->store;
     BaleRecord r = { .type = BALE_RECORD_DROP };
@@ -577,6 +577,19 @@ static int image_drop_all(BaleImage *image)
         bale_layer_clear_from(image->top, 0);
     }
     pthread_rwlock_unlock(&s->session_lock);
+    return ret;
+}
+
+static int image_drop_all(BaleImage *image)
+{
+    BaleStore *s = image->store;
+    int ret = image_drop_once(image);
+
+    for (int i = 0; ret == -ENOSPC && i < BALE_SPACE_ROUNDS_MAX &&
+                    bale_maintain_wait_space(s);
+         i++) {
+        ret = image_drop_once(image);
+    }
     return ret == 0 ? bale_log_flush_sync(s) : ret;
 }
 

@@ -399,32 +399,44 @@ static bool change_shrinks(BaleStore *s, const BaleCatalogue *next)
     return false;
 }
 
-int bale_catalogue_commit(BaleStore *s, BaleCatalogue *next)
+/* One attempt; *@next is NULL if it is the store's now. */
+static int commit_once(BaleStore *s, BaleCatalogue **next)
 {
-    bool flush = !BALE_PLANTED(resize_not_durable) &&
-                 !(BALE_PLANTED(snapshot_not_durable) &&
-                   next->next_snapshot != s->catalogue->next_snapshot);
     Change c;
     int ret;
 
-    change_init(&c, s, next);
+    change_init(&c, s, *next);
     pthread_rwlock_wrlock(&s->session_lock);
     ret = bale_session_begin(s);
     if (ret == 0) {
         ret = change_prepare(&c);
         if (ret == 0) {
-            ret = bale_catalogue_append(s, next, change_shrinks(s, next));
+            ret = bale_catalogue_append(s, *next, change_shrinks(s, *next));
             if (ret < 0) {
                 change_undo(&c);
             }
         }
     }
     if (ret == 0) {
-        change_publish(&c, next);
-        next = NULL;
+        change_publish(&c, g_steal_pointer(next));
     }
     pthread_rwlock_unlock(&s->session_lock);
     change_free(&c);
+    return ret;
+}
+
+int bale_catalogue_commit(BaleStore *s, BaleCatalogue *next)
+{
+    bool flush = !BALE_PLANTED(resize_not_durable) &&
+                 !(BALE_PLANTED(snapshot_not_durable) &&
+                   next->next_snapshot != s->catalogue->next_snapshot);
+    int ret = commit_once(s, &next);
+
+    for (int i = 0; ret == -ENOSPC && i < BALE_SPACE_ROUNDS_MAX &&
+                    bale_maintain_wait_space(s);
+         i++) {
+        ret = commit_once(s, &next);
+    }
     bale_catalogue_free(next);
     if (ret == 0 && flush) {
         ret = bale_log_flush_sync(s);

@@ -2,8 +2,8 @@
  * Compaction: copy what is live out of a fragmented page, so that the page
  * dies and its space comes back.
  *
- * Any page may be compacted, the one with most garbage first.  Compressed bytes
- * are copied as they are, after their checksum was verified.
+ * Any page may be compacted; compact-run.c says which one, when, and how fast.
+ * Compressed bytes are copied as they are, after their checksum was verified.
  *
  * Invariants:
  *  1. A copy keeps the sequence number of its original, so it never hides a
@@ -17,7 +17,10 @@
  *  5. A record that does not verify stays where it is, and so does its page.
  *  6. A patch is copied if it counts: the mutable region knows where it is.
  *
- * Memory: one segment, at most twice a write buffer, besides the log's own.
+ * A page is read in windows, the next one while the records of this one are
+ * moved.  Memory: two windows of twice a write buffer, 8 MiB, or 16 MiB if
+ * clusters need large buffers, besides the log's own; at most two pages are
+ * compacted at a time.
  *
  * The idea is memcached extstore's (the page with most garbage first) and
  * FASTER's compaction with lookup (ask the index whether a record is live).
@@ -32,81 +35,30 @@
 
 #include "util/memory.h"
 
-/* In the background a page is worth it when so many percent are garbage ... */
-#define COMPACT_PAGE_GARBAGE 25
-/* ... and when so many percent of the store are; on command anything goes. */
-#define COMPACT_STORE_GARBAGE 15
-#define COMPACT_COMMAND_GARBAGE 5
+/* A window is read in pieces of so many bytes, for others to come between. */
+#define WINDOW_PIECE (1u << 20)
+#define WINDOWS 2
+
+/* Part of a page that was read, or is being read. */
+typedef struct Window {
+    BaleStore *s;
+    uint8_t *buf;
+    uint64_t begin, len; /* in the page; len 0: nothing */
+    uint64_t got;        /* bytes of it that have been asked for */
+    BaleDeviceIo io;
+    BaleSync sync;
+    bool reading;        /* sync is to be waited for */
+} Window;
 
 typedef struct Compact {
     BaleStore *s;
     uint64_t page;
     uint64_t version;
     uint64_t end;
-    uint8_t *buf;
-    size_t buf_len;
+    size_t window_len;
+    Window window[WINDOWS];
     bool stuck; /* something in the page could not be moved */
 } Compact;
-
-/* --- choosing --- */
-
-static uint64_t page_garbage(const BalePage *p)
-{
-    /* Live bytes are rounded up, and may exceed what is there. */
-    return p->end - MIN(p->end, p->live_bytes + p->overhead);
-}
-
-/*
- * The page with the largest part of garbage, if that is at least @percent; it
- * is held by counting as its reader.  Only pages opened up to @order count, so
- * that a run ends: it does not compact its own copies.  False: none is worth
- * it.
- */
-static bool compact_choose(BaleStore *s, unsigned percent, uint64_t order,
-                           uint64_t *page)
-{
-    uint64_t best = PAGE_NONE, used = 0, garbage = 0;
-    double best_part = percent / 100.0;
-
-    pthread_mutex_lock(&s->log_lock);
-    for (uint64_t i = 0; i < s->pages->len; i++) {
-        BalePage *p = bale_page(s, i);
-        double part;
-
-        if (p->state != BALE_PAGE_SEALED || p->bucket == BALE_BUCKET_META ||
-            p->end == 0 || p->order > order) {
-            continue;
-        }
-        used += p->end;
-        garbage += page_garbage(p);
-        part = (double)page_garbage(p) / p->end;
-        if (!p->compact_stuck && !p->in_flight && part >= best_part) {
-            best = i;
-            best_part = part;
-        }
-    }
-    if (percent == COMPACT_PAGE_GARBAGE && !s->space_wanted &&
-        garbage * 100 < used * COMPACT_STORE_GARBAGE) {
-        best = PAGE_NONE;
-    }
-    if (best != PAGE_NONE) {
-        bale_page(s, best)->readers++;
-    }
-    pthread_mutex_unlock(&s->log_lock);
-    *page = best;
-    return best != PAGE_NONE;
-}
-
-/* The pages opened so far. */
-static uint64_t compact_order(BaleStore *s)
-{
-    uint64_t order;
-
-    pthread_mutex_lock(&s->log_lock);
-    order = s->page_order;
-    pthread_mutex_unlock(&s->log_lock);
-    return order;
-}
 
 /* --- copying --- */
 
@@ -229,72 +181,149 @@ static int compact_live(Compact *c, const BaleRecord *old, uint64_t address,
 
 /* --- reading --- */
 
-/* Decode and verify the record at @offset of the segment that is in buf. */
-static int compact_record(Compact *c, uint64_t segment, uint64_t offset,
-                          uint64_t segment_end, BaleRecord *r,
+static void window_read_piece(Window *w);
+
+static void window_piece_read(BaleDeviceIo *io, int ret)
+{
+    Window *w = (Window *)((char *)io - offsetof(Window, io));
+
+    if (ret == 0 && w->got < w->len) {
+        window_read_piece(w);
+    } else {
+        bale_sync_done(&w->sync, ret);
+    }
+}
+
+static void window_read_piece(Window *w)
+{
+    uint64_t at = w->got;
+
+    w->io.offset += w->io.len;
+    w->io.buf = w->buf + at;
+    w->io.len = MIN(w->len - at, WINDOW_PIECE);
+    w->io.done = window_piece_read;
+    w->got += w->io.len;
+    w->s->dev->ops->get(w->s->dev, &w->io);
+}
+
+/* Begin to read the page from @offset on. */
+static void window_begin(Compact *c, Window *w, uint64_t offset)
+{
+    w->begin = offset;
+    w->len = MIN(c->end - offset, c->window_len);
+    w->got = 0;
+    if (w->len == 0) {
+        return;
+    }
+    w->sync = (BaleSync)BALE_SYNC_INIT;
+    w->reading = true;
+    w->io.offset = page_address(c->s, c->page) + offset;
+    w->io.len = 0;
+    window_read_piece(w);
+}
+
+static int window_wait(Window *w)
+{
+    int ret = w->reading ? bale_sync_wait(&w->sync) : 0;
+
+    w->reading = false;
+    return ret;
+}
+
+/* Decode and verify the record at @offset of the page, before @limit. */
+static int compact_record(Compact *c, const Window *w, uint64_t offset,
+                          uint64_t limit, BaleRecord *r,
                           const uint8_t **payload)
 {
     uint64_t seed = bale_place(c->s->identity, c->page, c->version, offset);
 
     return bale_record_verify(r, seed, c->s->cluster_size,
-                              c->buf + (offset - segment),
-                              segment_end - offset, payload);
-}
-
-static int compact_read(Compact *c, uint64_t offset, uint64_t len)
-{
-    return bale_device_get_sync(c->s->dev,
-                                page_address(c->s, c->page) + offset, c->buf,
-                                len);
+                              w->buf + (offset - w->begin), limit - offset,
+                              payload);
 }
 
 /*
- * Move what is live in the segment at @offset; *@next is where the next one
- * begins.  -EIO: the segment cannot be read.
+ * The segment at @offset, with *@first the offset of its first record.
+ * -EAGAIN: it does not end in the window; -EIO: it is damaged.
  */
-static int compact_segment(Compact *c, uint64_t offset, uint64_t *next)
+static int compact_find_segment(Compact *c, const Window *w, uint64_t offset,
+                                BaleSegment *segment, uint64_t *first)
 {
-    BaleStore *s = c->s;
-    uint64_t end = MIN(offset + BALE_BLOCK_SIZE, c->end);
+    uint64_t end = w->begin + w->len;
     const uint8_t *payload;
-    BaleSegment segment;
     BaleRecord r;
-    int ret;
 
-    ret = compact_read(c, offset, end - offset);
-    if (ret == 0) {
-        ret = compact_record(c, offset, offset, end, &r, &payload);
-    }
-    if (ret < 0 || r.type != BALE_RECORD_SEGMENT ||
-        bale_segment_decode(&segment, offset, s->page_size, payload,
+    if (compact_record(c, w, offset, MIN(offset + BALE_BLOCK_SIZE, end), &r,
+                       &payload) < 0 ||
+        r.type != BALE_RECORD_SEGMENT ||
+        bale_segment_decode(segment, offset, c->s->page_size, payload,
                             r.payload_len) < 0 ||
-        offset + segment.segment_len > c->end ||
-        segment.segment_len > c->buf_len) {
+        offset + segment->segment_len > c->end) {
         return -EIO;
     }
-    *next = offset + segment.segment_len;
-    ret = compact_read(c, offset, segment.segment_len);
-    stat_add(&s->stats.compact_examined_bytes, segment.segment_len);
+    *first = offset + bale_align_up(BALE_RECORD_HEADER_LEN + r.payload_len,
+                                    BALE_RECORD_ALIGN);
+    return offset + segment->segment_len > end ? -EAGAIN : 0;
+}
 
+/* The first segment that is not all in the window; where it would begin. */
+static uint64_t compact_window_end(Compact *c, const Window *w)
+{
+    uint64_t offset = w->begin, first;
+    BaleSegment segment;
+
+    while (offset < w->begin + w->len &&
+           compact_find_segment(c, w, offset, &segment, &first) == 0) {
+        offset += segment.segment_len;
+    }
+    return offset;
+}
+
+/* Move what is live in the segment at @offset; @first is its first record. */
+static int compact_segment(Compact *c, const Window *w, uint64_t offset,
+                           const BaleSegment *segment, uint64_t first)
+{
+    uint64_t limit = offset + segment->segment_len;
+    const uint8_t *payload;
+    BaleRecord r;
+    int ret = 0;
+
+    stat_add(&c->s->stats.compact_examined_bytes, segment->segment_len);
     /* Records follow each other: no need for the directory. */
-    end = offset + bale_align_up(BALE_RECORD_HEADER_LEN + r.payload_len,
-                                 BALE_RECORD_ALIGN);
-    for (uint32_t n = 0; ret == 0 && n < segment.records; n++) {
-        uint64_t address = page_address(s, c->page) + end;
+    for (uint32_t n = 0; ret == 0 && n < segment->records; n++) {
+        uint64_t address = page_address(c->s, c->page) + first;
 
-        if (end >= segment.directory_offset ||
-            compact_record(c, offset, end, *next, &r, &payload) < 0) {
-            c->stuck = true;
+        if (first >= segment->directory_offset ||
+            compact_record(c, w, first, limit, &r, &payload) < 0) {
             return -EIO;
         }
         if (r.type == BALE_RECORD_DATA || r.type == BALE_RECORD_ZERO ||
             r.type == BALE_RECORD_DROP || r.type == BALE_RECORD_PATCH) {
             ret = compact_live(c, &r, address, payload);
         }
-        end += bale_record_size(&r);
+        first += bale_record_size(&r);
     }
     return ret;
 }
+
+/* Move what is live in the segments from the window's begin up to @end. */
+static int compact_window(Compact *c, const Window *w, uint64_t end)
+{
+    uint64_t offset = w->begin, first;
+    BaleSegment segment;
+    int ret = 0;
+
+    while (ret == 0 && offset < end) {
+        ret = compact_find_segment(c, w, offset, &segment, &first);
+        if (ret == 0) {
+            ret = compact_segment(c, w, offset, &segment, first);
+            offset += segment.segment_len;
+        }
+    }
+    return ret;
+}
+
+/* --- a page --- */
 
 /* Let go of the page; without anything live in it, it dies. */
 static void compact_release(Compact *c, int ret)
@@ -305,6 +334,7 @@ static void compact_release(Compact *c, int ret)
     pthread_mutex_lock(&s->log_lock);
     p = bale_page(s, c->page);
     p->readers--;
+    p->compacting = false;
     if (ret == 0 && p->live_bytes == 0) {
         /* What its drop records hid is hidden by their copies. */
         p->tombstone_seq = 0;
@@ -313,174 +343,63 @@ static void compact_release(Compact *c, int ret)
         p->compact_stuck = true;
     }
     bale_page_consider(s, c->page);
+    pthread_cond_broadcast(&s->log_cond);
     pthread_mutex_unlock(&s->log_lock);
 }
 
-/*
- * Compact @page, which the caller has counted itself a reader of.  @go is asked
- * before each segment.
- */
-static int compact_page(BaleStore *s, uint64_t page, bool (*go)(void *),
-                        void *opaque)
+/* All windows, one after the other. */
+static int compact_windows(Compact *c, BaleCompactGo *go, void *opaque)
 {
-    Compact c = { .s = s, .page = page, .buf_len = 2 * s->buffer_size };
-    uint64_t offset = BALE_BLOCK_SIZE;
     int ret = 0;
 
-    c.buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, c.buf_len);
+    window_begin(c, &c->window[0], BALE_BLOCK_SIZE);
+    for (unsigned i = 0; ret == 0; i++) {
+        Window *w = &c->window[i % WINDOWS];
+        uint64_t next;
+
+        if (w->len == 0) {
+            break;
+        }
+        if (!go(opaque)) {
+            return -ECANCELED;
+        }
+        ret = window_wait(w);
+        if (ret == 0) {
+            next = compact_window_end(c, w);
+            if (next == w->begin) {
+                return -EIO; /* not even one segment: damaged */
+            }
+            window_begin(c, &c->window[(i + 1) % WINDOWS], next);
+            ret = compact_window(c, w, next);
+        }
+    }
+    return ret;
+}
+
+int bale_compact_page(BaleStore *s, uint64_t page, BaleCompactGo *go,
+                      void *opaque)
+{
+    Compact c = { .s = s, .page = page, .window_len = 2 * s->buffer_size };
+    int ret = 0;
+
+    for (int i = 0; i < WINDOWS; i++) {
+        c.window[i].s = s;
+        c.window[i].buf = bale_memory_try_alloc(BALE_BLOCK_SIZE,
+                                                c.window_len);
+        ret = c.window[i].buf ? ret : -ENOMEM;
+    }
     pthread_mutex_lock(&s->log_lock);
     c.version = bale_page(s, page)->version;
     c.end = bale_page(s, page)->end;
     pthread_mutex_unlock(&s->log_lock);
-    if (!c.buf) {
-        ret = -ENOMEM;
-    }
-    while (ret == 0 && offset < c.end) {
-        if (!go(opaque)) {
-            ret = -ECANCELED;
-            break;
-        }
-        ret = compact_segment(&c, offset, &offset);
-        if (ret == -EIO && !store_failed(s)) {
-            c.stuck = true;
-        }
-    }
-    compact_release(&c, ret);
-    bale_memory_free(c.buf);
-    return ret;
-}
-
-/* --- in the background --- */
-
-static bool background_go(void *opaque)
-{
-    BaleStore *s = opaque;
-    bool go;
-
-    pthread_mutex_lock(&s->log_lock);
-    go = !s->maintain_stop && !s->maintain_pauses && !store_failed(s);
-    pthread_mutex_unlock(&s->log_lock);
-    return go;
-}
-
-void bale_compact_background(BaleStore *s)
-{
-    uint64_t page, order = compact_order(s);
-    int ret = 0;
-
-    while (ret == 0 && background_go(s) &&
-           compact_choose(s, COMPACT_PAGE_GARBAGE, order, &page)) {
-        ret = compact_page(s, page, background_go, s);
-        if (ret == -EIO && !store_failed(s)) {
-            ret = 0; /* that page is stuck; there are others */
-        }
-        /* The next flushes, ours or the user's, give the page back. */
-        pthread_mutex_lock(&s->log_lock);
-        if (s->maintain_release) {
-            pthread_mutex_unlock(&s->log_lock);
-            bale_maintain_settle(s);
-            pthread_mutex_lock(&s->log_lock);
-        }
-        if (s->space_waiters) {
-            ret = -EAGAIN; /* one is enough for now */
-        }
-        pthread_mutex_unlock(&s->log_lock);
-    }
-    pthread_mutex_lock(&s->log_lock);
-    s->space_wanted = false;
-    pthread_mutex_unlock(&s->log_lock);
-}
-
-/* --- on command --- */
-
-typedef struct CompactCommand {
-    BaleStore *s;
-    const BaleCompactOptions *o;
-    uint64_t done, total;
-    int64_t start_us;
-    bool cancelled;
-} CompactCommand;
-
-static bool command_go(void *opaque)
-{
-    CompactCommand *cmd = opaque;
-    BaleStore *s = cmd->s;
-    uint64_t examined = __atomic_load_n(&s->stats.compact_examined_bytes,
-                                        __ATOMIC_RELAXED) - cmd->done;
-
-    if (cmd->o->rate) {
-        int64_t due_us = examined * G_USEC_PER_SEC / cmd->o->rate;
-        int64_t now_us = g_get_monotonic_time() - cmd->start_us;
-
-        if (due_us > now_us) {
-            g_usleep(MIN(due_us - now_us, G_USEC_PER_SEC));
-        }
-    }
-    if (cmd->o->progress &&
-        !cmd->o->progress(cmd->o->opaque, MIN(examined, cmd->total),
-                          cmd->total)) {
-        cmd->cancelled = true;
-    }
-    return !cmd->cancelled && !store_failed(s);
-}
-
-/* Bytes in pages that a command would compact. */
-static uint64_t compact_total(BaleStore *s)
-{
-    uint64_t total = 0;
-
-    pthread_mutex_lock(&s->log_lock);
-    for (uint64_t i = 0; i < s->pages->len; i++) {
-        BalePage *p = bale_page(s, i);
-
-        if (p->state == BALE_PAGE_SEALED && p->bucket != BALE_BUCKET_META &&
-            page_garbage(p) * 100 >= p->end * COMPACT_COMMAND_GARBAGE) {
-            total += p->end;
-        }
-    }
-    pthread_mutex_unlock(&s->log_lock);
-    return total;
-}
-
-bool bale_store_compact(BaleStore *s, const BaleCompactOptions *o,
-                        GError **errp)
-{
-    CompactCommand cmd = { .s = s, .o = o };
-    uint64_t page, order;
-    int ret;
-
-    ret = s->read_only ? -EROFS : bale_store_flush_sync(s);
     if (ret == 0) {
-        /* A session gives dead pages back, also those of earlier ones. */
-        ret = bale_store_write_begin(s);
-        if (ret == 0) {
-            bale_store_write_end(s);
-        }
+        ret = compact_windows(&c, go, opaque);
     }
-    bale_maintain_pause(s);
-    bale_log_seal_page(s, BALE_BUCKET_FRESH);
-    cmd.total = compact_total(s);
-    cmd.done = s->stats.compact_examined_bytes;
-    cmd.start_us = g_get_monotonic_time();
-    order = compact_order(s);
-    while (ret == 0 &&
-           compact_choose(s, COMPACT_COMMAND_GARBAGE, order, &page)) {
-        ret = compact_page(s, page, command_go, &cmd);
-        if (ret == -EIO && !store_failed(s)) {
-            ret = 0;
-        }
-        if (ret == 0) {
-            /* The next page may need the room that this one took. */
-            ret = bale_maintain_free(s);
-        }
+    for (int i = 0; i < WINDOWS; i++) {
+        window_wait(&c.window[i]);
+        bale_memory_free(c.window[i].buf);
     }
-    bale_maintain_resume(s);
-    if (ret < 0 && !cmd.cancelled) {
-        g_set_error(errp, BALE_STORE_ERROR,
-                    ret == -ENOSPC  ? BALE_STORE_ERROR_NO_SPACE
-                    : ret == -EROFS ? BALE_STORE_ERROR_READ_ONLY
-                                    : BALE_STORE_ERROR_IO,
-                    "compacting the store: %s", g_strerror(-ret));
-    }
-    return ret == 0 || cmd.cancelled;
+    c.stuck = ret == -EIO && !store_failed(s);
+    compact_release(&c, ret);
+    return ret;
 }

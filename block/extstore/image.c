@@ -79,16 +79,26 @@ void bale_store_write_end(BaleStore *s)
     pthread_rwlock_unlock(&s->session_lock);
 }
 
-/* Append to the fresh data; what frees space may use the reserve. */
+/*
+ * Append to the fresh data; what frees space may use the reserve.  If that is
+ * used up, too, it waits like everybody who finds no space.
+ */
 int bale_image_append(BaleStore *s, BaleRecord *r, const void *payload,
                       uint64_t live, uint64_t *address)
 {
-    int ret = bale_log_append(s, BALE_BUCKET_FRESH, r, payload, live,
-                              address);
+    int ret = -ENOSPC;
 
-    if (ret == -ENOSPC && r->type != BALE_RECORD_DATA) {
+    for (int i = 0; ret == -ENOSPC && i < BALE_SPACE_ROUNDS_MAX; i++) {
+        ret = bale_log_append(s, BALE_BUCKET_FRESH, r, payload, live,
+                              address);
+        if (ret != -ENOSPC || r->type == BALE_RECORD_DATA) {
+            break;
+        }
         ret = bale_log_append(s, BALE_BUCKET_COMPACTED, r, payload, live,
                               address);
+        if (ret == -ENOSPC && !bale_maintain_wait_space(s)) {
+            break;
+        }
     }
     return ret;
 }

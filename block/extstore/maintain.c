@@ -1,14 +1,25 @@
 /*
  * The maintenance thread of an open store: gives dead pages back to the device,
- * compacts fragmented ones, and writes checkpoints while the store is in use.
+ * compacts fragmented ones, makes room for writers, and writes checkpoints while
+ * the store is in use.
  *
  * It starts with the first session and ends when the store is closed.  It may
  * block on the device and on flushes; nobody who holds log_lock waits for it.
  * A worker may wait for it (when the store is full): it never needs a worker.
  *
- * Pausing: bale_maintain_pause() returns once the thread is between two steps
- * and keeps it there.  A step is one page released, one segment compacted, or
- * one part of a checkpoint written, which is given up then and begun anew.
+ * Steps: all of this is done in steps, one at a time: some pages released, a
+ * window of a page compacted, a checkpoint.  A compaction on command, which runs
+ * on a thread of its own, takes its steps between those of the maintenance
+ * thread, which come first.  So checkpoints and writers who need space do not
+ * wait for its end.
+ *
+ * Pausing: bale_maintain_pause() returns once nobody is in a step or in the
+ * middle of a page, and keeps it so.  A compaction lets go of its page then, and
+ * a checkpoint is given up and begun anew.
+ *
+ * Space: whoever finds no page asks for room (bale_maintain_wait_space()), again
+ * as long as something comes of it.  Each time the thread flushes until pages
+ * that have died are free; if there are none it compacts one.
  *
  * A checkpoint is due by what was appended since the newest one began: so much
  * that recovery would take long, but always many times the checkpoint's own
@@ -42,9 +53,40 @@
 #define CHECKPOINT_TIME_SIZES 2u
 /* How often the thread looks at the time while there is something new. */
 #define LOOK_TIME_S 30
-
 /* Flushes that pages which have died are given to become free. */
 #define DYING_FLUSHES_MAX 4
+
+/* --- steps; under log_lock --- */
+
+void bale_maintain_step_begin(BaleStore *s)
+{
+    s->step_wanted = true;
+    while (s->stepping) {
+        pthread_cond_wait(&s->log_cond, &s->log_lock);
+    }
+    s->step_wanted = false;
+    s->stepping = true;
+}
+
+bool bale_maintain_step_join(BaleStore *s)
+{
+    while ((s->stepping || s->step_wanted) && !s->maintain_pauses &&
+           !store_failed(s)) {
+        pthread_cond_wait(&s->log_cond, &s->log_lock);
+    }
+    if (s->maintain_pauses || store_failed(s)) {
+        return false;
+    }
+    s->stepping = true;
+    return true;
+}
+
+void bale_maintain_step_end(BaleStore *s)
+{
+    g_assert(s->stepping);
+    s->stepping = false;
+    pthread_cond_broadcast(&s->log_cond);
+}
 
 /* --- releasing; the states are told in page.c --- */
 
@@ -80,6 +122,7 @@ static int maintain_release_page(BaleStore *s, uint64_t page, uint8_t *block)
     } else if (ret == 0) {
         memset(bale_page(s, page), 0, sizeof(BalePage));
         g_array_append_val(s->free_pages, page);
+        s->pages_freed++;
     }
     return ret;
 }
@@ -244,8 +287,6 @@ bool bale_store_checkpoint_running(BaleStore *s, GError **errp)
     return ret == 0;
 }
 
-/* --- the thread --- */
-
 /* Wait for something to do.  Called and returns with log_lock. */
 static void maintain_wait(BaleStore *s)
 {
@@ -268,10 +309,80 @@ static void maintain_wait(BaleStore *s)
     s->maintain_idle = false;
 }
 
-/* Whether dying pages wait for nothing but a flush.  Under log_lock. */
-static bool maintain_wants_flush(BaleStore *s)
+/* --- room for writers --- */
+
+/*
+ * Give pages that have died back, or compact one.  False: nothing came of it.
+ * Called and returns with log_lock, in a step.
+ */
+static bool maintain_make_space(BaleStore *s)
 {
-    return s->dying_pages->len > 0 && s->space_waiters > 0;
+    uint64_t freed = s->pages_freed;
+    bool made;
+    int ret = 0;
+
+    for (int i = 0; i < DYING_FLUSHES_MAX && s->dying_pages->len &&
+                    ret == 0 && s->pages_freed == freed;
+         i++) {
+        pthread_mutex_unlock(&s->log_lock);
+        ret = bale_log_flush_sync(s);
+        pthread_mutex_lock(&s->log_lock);
+        s->maintain_release = false;
+        maintain_release(s);
+    }
+    made = s->pages_freed > freed;
+    if (!made && ret == 0) {
+        pthread_mutex_unlock(&s->log_lock);
+        made = bale_compact_for_space(s);
+        pthread_mutex_lock(&s->log_lock);
+    }
+    return made;
+}
+
+/* Called and returns with log_lock, in a step. */
+static void maintain_answer(BaleStore *s)
+{
+    uint64_t asked = s->space_asked;
+
+    s->space_made = maintain_make_space(s);
+    s->space_answered = asked;
+    pthread_cond_broadcast(&s->log_cond);
+}
+
+bool bale_maintain_await_command(BaleStore *s)
+{
+    uint64_t turn = s->compact_turns;
+    bool held = s->compact_held > 0;
+
+    bale_maintain_step_end(s);
+    while (s->compact_held && s->compact_turns == turn &&
+           !s->maintain_stop && !s->maintain_pauses && !store_failed(s)) {
+        pthread_cond_wait(&s->log_cond, &s->log_lock);
+    }
+    bale_maintain_step_begin(s);
+    return held && !store_failed(s);
+}
+
+/* --- the thread --- */
+
+bool bale_maintain_errand(BaleStore *s)
+{
+    if (s->maintain_release) {
+        s->maintain_release = false;
+        maintain_release(s);
+        return true;
+    }
+    if (maintain_checkpoint_due(s)) {
+        maintain_checkpoint(s);
+        return true;
+    }
+    return false;
+}
+
+static bool maintain_has_work(BaleStore *s)
+{
+    return s->maintain_release || s->maintain_look ||
+           s->space_answered < s->space_asked || maintain_checkpoint_due(s);
 }
 
 static void *maintain_main(void *opaque)
@@ -280,34 +391,26 @@ static void *maintain_main(void *opaque)
 
     pthread_mutex_lock(&s->log_lock);
     while (!s->maintain_stop) {
-        if (s->maintain_pauses || store_failed(s) ||
-            !(s->maintain_release || s->maintain_look ||
-              maintain_wants_flush(s) || maintain_checkpoint_due(s))) {
+        if (s->maintain_pauses || store_failed(s) || !maintain_has_work(s)) {
             maintain_wait(s);
             continue;
         }
-        if (s->maintain_release) {
-            s->maintain_release = false;
-            maintain_release(s);
-            continue;
-        }
-        if (s->maintain_look) {
+        bale_maintain_step_begin(s);
+        if (s->maintain_stop || s->maintain_pauses || store_failed(s)) {
+            /* It took a while to get here. */
+        } else if (s->space_answered < s->space_asked) {
+            maintain_answer(s);
+        } else if (!bale_maintain_errand(s) && s->maintain_look) {
             s->maintain_look = false;
             pthread_mutex_unlock(&s->log_lock);
-            bale_compact_background(s);
-            pthread_mutex_lock(&s->log_lock);
+            if (bale_compact_background(s)) {
+                pthread_mutex_lock(&s->log_lock);
+                s->maintain_look = true; /* there may be more */
+            } else {
+                pthread_mutex_lock(&s->log_lock);
+            }
         }
-        if (maintain_wants_flush(s)) {
-            pthread_mutex_unlock(&s->log_lock);
-            bale_log_flush_sync(s);
-            pthread_mutex_lock(&s->log_lock);
-            s->space_rounds++;
-            pthread_cond_broadcast(&s->log_cond);
-        }
-        if (maintain_checkpoint_due(s) && !s->maintain_pauses &&
-            !s->maintain_stop) {
-            maintain_checkpoint(s);
-        }
+        bale_maintain_step_end(s);
     }
     s->maintain_idle = true;
     pthread_cond_broadcast(&s->log_cond);
@@ -349,7 +452,8 @@ void bale_maintain_pause(BaleStore *s)
     pthread_mutex_lock(&s->log_lock);
     s->maintain_pauses++;
     pthread_cond_broadcast(&s->log_cond);
-    while (s->maintain_started && !s->maintain_idle) {
+    pthread_cond_signal(&s->maintain_cond);
+    while ((s->maintain_started && !s->maintain_idle) || s->compact_held) {
         pthread_cond_wait(&s->log_cond, &s->log_lock);
     }
     pthread_mutex_unlock(&s->log_lock);
@@ -360,7 +464,9 @@ void bale_maintain_resume(BaleStore *s)
     pthread_mutex_lock(&s->log_lock);
     g_assert(s->maintain_pauses > 0);
     s->maintain_pauses--;
-    pthread_cond_signal(&s->maintain_cond);
+    /* A compaction may have been given up for us. */
+    bale_maintain_signal(s, false, true);
+    pthread_cond_broadcast(&s->log_cond);
     pthread_mutex_unlock(&s->log_lock);
 }
 
@@ -401,10 +507,46 @@ int bale_maintain_free(BaleStore *s)
     return ret;
 }
 
+/* Pages that only need the thread.  Under log_lock. */
+static bool maintain_releasing(BaleStore *s)
+{
+    for (guint i = 0; i < s->dying_pages->len; i++) {
+        BalePageState state =
+            bale_page(s, g_array_index(s->dying_pages, uint64_t, i))->state;
+
+        if (state == BALE_PAGE_REPLACED || state == BALE_PAGE_MARKING ||
+            state == BALE_PAGE_RELEASING) {
+            return true;
+        }
+    }
+    return false;
+}
+
+bool bale_maintain_drain(BaleStore *s)
+{
+    bool dying;
+
+    pthread_mutex_lock(&s->log_lock);
+    while (s->maintain_started && !s->maintain_pauses && !store_failed(s) &&
+           maintain_releasing(s)) {
+        pthread_cond_wait(&s->log_cond, &s->log_lock);
+    }
+    dying = s->dying_pages->len > 0;
+    pthread_mutex_unlock(&s->log_lock);
+    return dying;
+}
+
+/* Can anybody make space while the caller waits?  Under log_lock. */
+static bool maintain_makes_space(BaleStore *s)
+{
+    return s->maintain_started && !s->maintain_stop && !s->maintain_pauses &&
+           !store_failed(s);
+}
+
 bool bale_maintain_wait_space(BaleStore *s)
 {
-    uint64_t before;
-    bool more;
+    uint64_t asked;
+    bool made;
 
     /*
      * Compaction needs session_lock for reading.  Whoever waits here holds it,
@@ -415,28 +557,26 @@ bool bale_maintain_wait_space(BaleStore *s)
     }
     pthread_rwlock_unlock(&s->session_lock);
     pthread_mutex_lock(&s->log_lock);
-    if (!s->maintain_started || s->maintain_pauses) {
+    if (!maintain_makes_space(s)) {
         pthread_mutex_unlock(&s->log_lock);
         return false;
     }
-    before = s->space_rounds;
-    s->space_waiters++;
-    s->maintain_look = true;
-    s->space_wanted = true;
+    if (s->space_waiters++ == 0) {
+        s->space_order = s->page_order;
+    }
+    s->stats.space_waits++;
+    asked = ++s->space_asked;
     pthread_cond_signal(&s->maintain_cond);
     pthread_cond_broadcast(&s->log_cond);
-    /* One look for garbage, then a flush if pages are dying. */
-    while (s->space_rounds == before && s->maintain_started &&
-           !store_failed(s) && !s->maintain_pauses &&
-           (s->maintain_look || s->dying_pages->len || !s->maintain_idle)) {
+    while (s->space_answered < asked && maintain_makes_space(s)) {
         pthread_cond_wait(&s->log_cond, &s->log_lock);
     }
+    made = s->space_answered >= asked && s->space_made;
     s->space_waiters--;
     if (maintain_checkpoint_due(s)) {
         /* It was put off for us. */
         pthread_cond_signal(&s->maintain_cond);
     }
-    more = s->free_pages->len > 0 || s->dying_pages->len > 0;
     pthread_mutex_unlock(&s->log_lock);
-    return more && !store_failed(s);
+    return made && !store_failed(s);
 }

@@ -38,8 +38,6 @@
 /* Pages that fresh data may not take, if the device has a few at all. */
 #define RESERVE_PAGES 2u
 #define RESERVE_FROM_PAGES 8u
-/* Flushes that a writer waits for dead pages to become free. */
-#define SPACE_ROUNDS_MAX 8
 
 BalePage *bale_page(BaleStore *s, uint64_t page)
 {
@@ -397,7 +395,7 @@ int bale_page_prepare(BaleStore *s, BaleBucket bucket, uint32_t need)
     int ret = page_prepare_once(s, bucket, need);
 
     /* A writer who would see a full store waits for garbage to go. */
-    for (int i = 0; i < SPACE_ROUNDS_MAX && ret == -ENOSPC &&
+    for (int i = 0; i < BALE_SPACE_ROUNDS_MAX && ret == -ENOSPC &&
                     bucket == BALE_BUCKET_FRESH &&
                     bale_maintain_wait_space(s); i++) {
         ret = page_prepare_once(s, bucket, need);

@@ -152,6 +152,9 @@ void bale_store_get_stats(BaleStore *s, BaleStoreStats *stats)
     }
     stats_log(s, stats);
     stats_pages(s, stats);
+    stats->compact_running = __atomic_load_n(&s->compact_running,
+                                             __ATOMIC_RELAXED);
+    stats->compact_pending_bytes = bale_compact_pending(s);
     pthread_mutex_unlock(&s->log_lock);
 
     if (stats->stored_bytes) {

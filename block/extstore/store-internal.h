@@ -17,7 +17,8 @@
  *     store.c       create, open, close
  *     stats.c       what it tells about itself in numbers
  *     revive.c      writes again what a failed store had not made durable
- *     compact.c     moves what is live out of fragmented pages
+ *     compact.c     moves what is live out of a fragmented page
+ *     compact-run.c which page, when, how fast
  *     maintain.c    the thread that compacts and gives pages back
  *     check.c       check and repair
  *
@@ -50,6 +51,8 @@
 /* Space is asked of the device in steps of so many write buffers. */
 #define ALLOCATE_BUFFERS 4u
 #define PAGE_NONE UINT64_MAX
+/* How often one asks for room, as long as something comes of it. */
+#define BALE_SPACE_ROUNDS_MAX 64
 
 typedef struct BalePage BalePage;
 typedef struct BaleWriteBuffer BaleWriteBuffer;
@@ -90,6 +93,7 @@ struct BalePage {
     uint8_t bucket;
     uint8_t state;
     bool compact_stuck;     /* something in it cannot be moved */
+    bool compacting;        /* somebody is at it */
     bool barrier_pending;   /* proven is to be written, see barrier_page */
     uint64_t barrier_page;  /* 1 + the page whose segment says what is proven
                              * here; 0: a checkpoint does, or nothing */
@@ -316,9 +320,19 @@ struct BaleStore {
     uint64_t checkpoint_time_us;
     uint64_t checkpoint_asked, checkpoint_answered; /* by command */
     int checkpoint_ret;
+    bool stepping, step_wanted; /* somebody, the thread: see maintain.c */
+    /* Who waits for room; each asks once more, and is answered. */
     unsigned space_waiters;
-    bool space_wanted;       /* compact what would otherwise be let be */
-    uint64_t space_rounds;
+    uint64_t space_asked, space_answered, space_order;
+    bool space_made;         /* the newest answer */
+    uint64_t pages_freed;    /* so far */
+    /* Compaction; also under log_lock. */
+    bool compact_off;
+    uint64_t compact_rate;   /* bytes examined a second; 0: no bound */
+    unsigned compact_commands;  /* under way */
+    unsigned compact_held;   /* pages that they are at */
+    uint64_t compact_turns;  /* pages that they have let go of */
+    unsigned compact_running; /* atomic: compactions under way */
 
     unsigned patch_pauses;     /* atomic: see bale_patches_pause() */
     uint64_t reads_in_flight;  /* atomic: requests of callers */
@@ -412,13 +426,43 @@ int bale_maintain_free(BaleStore *s);
 /* Under log_lock: @r, @bytes long, was appended; a checkpoint may be due. */
 void bale_maintain_appended(BaleStore *s, uint32_t bytes,
                             const BaleRecord *r);
+/* Under log_lock, for the thread: wait for its turn, which comes first. */
+void bale_maintain_step_begin(BaleStore *s);
+/* Under log_lock, for others.  False: paused, or the store has failed. */
+bool bale_maintain_step_join(BaleStore *s);
+/* Under log_lock. */
+void bale_maintain_step_end(BaleStore *s);
+/* Under log_lock, on the thread, in a step: do what cannot wait for the end of
+ * a compaction.  False: there was nothing. */
+bool bale_maintain_errand(BaleStore *s);
+/* Under log_lock, on the thread, in a step, which ends meanwhile: wait until a
+ * compaction on command is done with its page.  False: there is none. */
+bool bale_maintain_await_command(BaleStore *s);
+/* Wait until the thread has done what it can for pages that die; do some wait
+ * for another flush? */
+bool bale_maintain_drain(BaleStore *s);
 /* On the thread, which is on a long errand: should it stop that? */
 bool bale_maintain_wanted(BaleStore *s);
-/* Wait for one round of making space.  False: there is none to be made. */
+/*
+ * Wait until something was done to make room.  False: nothing can be done now.
+ * Not with session_lock held for writing, nor in a step.
+ */
 bool bale_maintain_wait_space(BaleStore *s);
 
-/* compact.c: on the maintenance thread */
-void bale_compact_background(BaleStore *s);
+/* compact.c */
+typedef bool BaleCompactGo(void *opaque);
+/*
+ * Compact @page, of which the caller has made itself a reader, with its
+ * compacting set; both are undone.  @go is asked before each window.
+ */
+int bale_compact_page(BaleStore *s, uint64_t page, BaleCompactGo *go,
+                      void *opaque);
+
+/* compact-run.c: on the maintenance thread, in a step; false: nothing done */
+bool bale_compact_background(BaleStore *s);
+bool bale_compact_for_space(BaleStore *s);
+/* Under log_lock: bytes that the background would look at now. */
+uint64_t bale_compact_pending(BaleStore *s);
 
 /* log.c */
 void bale_log_init(BaleStore *s);

@@ -310,6 +310,13 @@ typedef struct BaleStoreStats {
     uint64_t checkpoints, checkpoint_bytes, checkpoint_ns, checkpoints_failed;
     uint64_t compacted_pages, compacted_records, compacted_bytes;
     uint64_t compact_examined_bytes;
+    uint64_t compact_running;          /* compactions under way, now */
+    uint64_t compact_pending_bytes;    /* of pages that the background would
+                                        * compact, now */
+    uint64_t compact_paced_ns;         /* that it kept back for its rate, and
+                                        * for requests */
+    uint64_t space_waits;              /* times that a full store was waited
+                                        * for */
 
     /* The index, now; its load is keys per slot of the primary buckets. */
     uint64_t index_entries, index_bytes, index_peak_bytes;
@@ -551,19 +558,28 @@ GArray *bale_snapshot_list(BaleStore *store, const char *image,
 
 typedef struct BaleCompactOptions {
     uint64_t rate;     /* bytes examined a second; 0: unlimited */
-    /* Optional: told about every MiB or so; return false to stop. */
+    /* Optional: the rate, in place of @rate; may change. */
+    uint64_t (*get_rate)(void *opaque);
+    /* Optional: told about every 4 MiB or so; return false to stop. */
     bool (*progress)(void *opaque, uint64_t done, uint64_t total);
     void *opaque;
 } BaleCompactOptions;
 
 /*
  * Move what is live out of fragmented pages and give their space back.  The
- * store may be in use meanwhile.  (In the background the same happens by
- * itself, once a sixth of the store is garbage.)  True also when it was
- * stopped.
+ * store may be in use meanwhile; writers who find no space, and checkpoints,
+ * come first.  (In the background the same happens by itself, once a sixth of
+ * the store is garbage.)  True also when it was stopped.
  */
 bool bale_store_compact(BaleStore *store, const BaleCompactOptions *o,
                         GError **errp);
+
+/*
+ * Compaction in the background: off (then it is done only for who finds no
+ * space), or on, at @rate bytes examined a second at most (0: unlimited).  At
+ * first it is on and unlimited.  It makes way for requests in any case.
+ */
+void bale_store_set_compact(BaleStore *store, bool on, uint64_t rate);
 
 /* --- check --- */
 
