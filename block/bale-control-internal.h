@@ -42,6 +42,17 @@ typedef struct BaleControl {
     QEMUTimer *space_timer;   /* NULL: no threshold was ever set */
 } BaleControl;
 
+/* Options that concern the space of a store. */
+typedef struct BaleSpace {
+    uint64_t max_size;     /* as in BaleOpenOptions */
+    bool compact_off;      /* not in the background, */
+    uint64_t compact_rate; /* or bytes a second there; 0: no bound */
+    bool given;            /* any of them, to the node */
+} BaleSpace;
+
+/* Take them out of @options. */
+bool bale_space_read_options(BaleSpace *space, QDict *options, Error **errp);
+
 typedef enum BaleJobKind {
     BALE_JOB_COMPACT,
     BALE_JOB_VERIFY,
@@ -56,7 +67,6 @@ bool bale_job_start(const char *job_id, BlockDriverState *bs, BaleJobKind kind,
                     const char *image, int flags, uint64_t speed,
                     Error **errp);
 const char *bale_job_id(BaleJob *job);
-bool bale_job_compacts(BaleJob *job);
 /* Does it change the store? */
 bool bale_job_writes(BaleJob *job);
 

@@ -27,6 +27,7 @@
 #define BALE_OPT_COMPRESSION_LEVEL "compression_level"
 #define BALE_OPT_PAGE_SIZE         "page_size"
 #define BALE_OPT_IMAGE             "image"
+#define BALE_OPT_MAX_SIZE          "max_size"
 
 /*
  * For bale_measure(), which needs an upper bound rather than the format's own
@@ -85,6 +86,11 @@ QemuOptsList bale_create_opts = {
             .help = "Unit of allocation in the file, a multiple of 2M "
                     "(default: 64M)",
         },
+        {
+            .name = BALE_OPT_MAX_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "What the store may take (default: no limit)",
+        },
         { /* end of list */ }
     },
 };
@@ -132,8 +138,8 @@ static int bale_parse_create_opts(QemuOpts *opts, BaleCreateParams *p,
         return -EINVAL;
     }
     p->o.cluster_size = cluster_size;
-    p->o.page_size = qemu_opt_get_size_del(opts, BALE_OPT_PAGE_SIZE,
-                                           BALE_PAGE_SIZE_DEFAULT);
+    p->o.page_size = qemu_opt_get_size_del(opts, BALE_OPT_PAGE_SIZE, 0);
+    p->o.max_size = qemu_opt_get_size_del(opts, BALE_OPT_MAX_SIZE, 0);
     level = qemu_opt_get_number_del(opts, BALE_OPT_COMPRESSION_LEVEL,
                                     BALE_CODEC_LEVEL_DEFAULT);
     if (level > INT_MAX) {
@@ -264,11 +270,11 @@ static uint64_t measure_bytes(const BaleCreateOptions *o, uint64_t clusters)
     /* A header is far below this; a page also loses its end, where the next
      * record does not fit. */
     const uint64_t record = o->cluster_size + MEASURE_RECORD_HEADER;
-    uint64_t per_page = (o->page_size - MEASURE_PAGE_HEADER) / record;
+    uint64_t page_size = bale_create_page_size(o, 0);
+    uint64_t per_page = (page_size - MEASURE_PAGE_HEADER) / record;
     uint64_t pages = DIV_ROUND_UP(clusters, MAX(per_page, 1));
 
-    return MEASURE_SUPER + (pages + MEASURE_PAGES_MIN) *
-        o->page_size;
+    return MEASURE_SUPER + (pages + MEASURE_PAGES_MIN) * page_size;
 }
 
 BlockMeasureInfo *bale_measure(QemuOpts *opts, BlockDriverState *in_bs,

@@ -15,10 +15,10 @@
  * 1. At most one thread of a job runs; while it does, the node has a reference
  *    and its store stays open: the job is stopped before that is closed or
  *    handed over (bale_control_stop()).
- * 2. A compaction that is paused has no thread: the engine keeps back its own
- *    compaction while somebody else's runs.  It begins anew when the job goes
- *    on, and finds the pages that it has already emptied gone.  The same goes
- *    for flattening, which finds less to copy.
+ * 2. A compaction that is paused has no thread: it would hold a page, and the
+ *    engine keeps back its own compaction while one on command runs.  It begins
+ *    anew when the job goes on, and finds the pages that it has already emptied
+ *    gone.  The same goes for flattening, which finds less to copy.
  * 3. A verification that is paused waits in its callback, in which the engine
  *    holds no lock.
  * 4. When a job is told to end, its device calls pass even if the node is
@@ -108,7 +108,10 @@ static void job_nap(BaleJob *j, int ms)
     qemu_mutex_unlock(&j->lock);
 }
 
-/* Wait until @bytes read in this run are no more than the speed allows. */
+/*
+ * Wait until @bytes read in this run are no more than the speed allows.  (A
+ * compaction the engine itself slows down, so that it can hurry for writers.)
+ */
 static void job_slow_down(BaleJob *j, uint64_t bytes)
 {
     for (;;) {
@@ -150,14 +153,16 @@ static bool job_step(BaleJob *j, uint64_t done, uint64_t total, uint64_t bytes)
     return !job_should_stop(j);
 }
 
-static bool job_compact_progress(void *opaque, uint64_t done, uint64_t total)
-{
-    return job_step(opaque, done, total, done);
-}
-
-static bool job_flatten_progress(void *opaque, uint64_t done, uint64_t total)
+static bool job_progress(void *opaque, uint64_t done, uint64_t total)
 {
     return job_step(opaque, done, total, 0);
+}
+
+static uint64_t job_compact_rate(void *opaque)
+{
+    BaleJob *j = opaque;
+
+    return qatomic_read(&j->control->speed);
 }
 
 static bool job_verify_report(void *opaque, const char *what, uint64_t done,
@@ -186,14 +191,15 @@ static void *job_thread(void *opaque)
     j->slice_speed = qatomic_read(&j->control->speed);
     if (j->kind == BALE_JOB_COMPACT) {
         BaleCompactOptions o = {
-            .progress = job_compact_progress,
+            .get_rate = job_compact_rate,
+            .progress = job_progress,
             .opaque = j,
         };
 
         j->ok = bale_store_compact(j->store, &o, &j->err);
     } else if (j->kind == BALE_JOB_FLATTEN) {
         BaleFlattenOptions o = {
-            .progress = job_flatten_progress,
+            .progress = job_progress,
             .opaque = j,
         };
 
@@ -470,11 +476,6 @@ bool bale_job_start(const char *job_id, BlockDriverState *bs, BaleJobKind kind,
 const char *bale_job_id(BaleJob *job)
 {
     return job->common.id;
-}
-
-bool bale_job_compacts(BaleJob *job)
-{
-    return job->kind == BALE_JOB_COMPACT;
 }
 
 bool bale_job_writes(BaleJob *job)

@@ -40,6 +40,7 @@ typedef struct BDRVBaleState {
     uint64_t cache_size;
     unsigned workers;
     bool has_cache_size, has_workers;
+    BaleSpace space;
 
     bool skip_unchanged;
 

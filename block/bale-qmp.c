@@ -138,6 +138,10 @@ static BaleNodeStats *get_stats(BaleStore *store)
     COPY(compacted_records);
     COPY(compacted_bytes);
     COPY(compact_examined_bytes);
+    COPY(compact_running);
+    COPY(compact_pending_bytes);
+    COPY(compact_paced_ns);
+    COPY(space_waits);
     COPY(index_entries);
     COPY(index_bytes);
     COPY(index_peak_bytes);
@@ -190,6 +194,7 @@ static BaleNodeStore *get_store(BaleStore *store)
     out->version = in.version;
     out->cluster_size = in.cluster_size;
     out->page_size = in.page_size;
+    out->max_size = in.max_size;
     out->generation = in.generation;
     out->clean = in.clean;
     out->corrupt = in.corrupt;
@@ -238,6 +243,8 @@ static BaleNodeInfo *get_info(BlockDriverState *bs)
     info->job = control->job ? g_strdup(bale_job_id(control->job)) : NULL;
     info->speed = qatomic_read(&control->speed);
     info->space_threshold = control->space_threshold;
+    info->compact = !bale_bs_space(bs)->compact_off;
+    info->compact_rate = bale_bs_space(bs)->compact_rate;
     return info;
 }
 
@@ -309,25 +316,13 @@ void coroutine_fn qmp_bale_checkpoint(const char *node_name, Error **errp)
     BlockDriverState *bs = bale_find_node(node_name, errp);
     CheckpointRun run = { 0 };
     AioContext *old_ctx;
-    BaleJob *job;
 
     if (!bs) {
         return;
     }
-    job = bale_bs_job(bs);
     if (bdrv_is_read_only(bs) || (bs->open_flags & BDRV_O_INACTIVE)) {
         error_setg(errp, "Node '%s' is %s", node_name,
                    bdrv_is_read_only(bs) ? "read-only" : "inactive");
-        return;
-    }
-    if (job && bale_job_compacts(job)) {
-        /*
-         * The engine writes checkpoints between steps of its own maintenance,
-         * which a compaction by command keeps back; and while a command waits,
-         * no other could cancel the job.
-         */
-        error_setg(errp, "The store of node '%s' has a job that compacts: '%s'",
-                   node_name, bale_job_id(job));
         return;
     }
     old_ctx = bdrv_co_enter(bs);
@@ -353,31 +348,6 @@ void qmp_bale_reset_stats(const char *node_name, Error **errp)
     ctx = bdrv_get_aio_context(bs);
     aio_context_acquire(ctx);
     bale_store_reset_stats(bale_bs_store(bs));
-    aio_context_release(ctx);
-}
-
-void qmp_bale_set(const char *node_name, bool has_cache_size,
-                  uint64_t cache_size, bool has_space_threshold,
-                  uint64_t space_threshold, bool has_speed, uint64_t speed,
-                  Error **errp)
-{
-    BlockDriverState *bs = bale_find_node(node_name, errp);
-    AioContext *ctx;
-
-    if (!bs) {
-        return;
-    }
-    ctx = bdrv_get_aio_context(bs);
-    aio_context_acquire(ctx);
-    if (has_cache_size) {
-        bale_bs_set_cache_size(bs, cache_size);
-    }
-    if (has_speed) {
-        qatomic_set(&bale_bs_control(bs)->speed, speed);
-    }
-    if (has_space_threshold) {
-        bale_control_set_space_threshold(bs, space_threshold);
-    }
     aio_context_release(ctx);
 }
 

@@ -37,6 +37,7 @@ struct BaleShared {
     bool repair;
     unsigned workers; /* as asked for */
     uint64_t cache_size;
+    BaleSpace space;
     char *filename;   /* of the file that it is in, for messages */
 
     QemuMutex lock; /* a leaf: for what reads the list on other threads */

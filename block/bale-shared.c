@@ -298,6 +298,7 @@ static int shared_engine_open(BaleShared *shared, Error **errp)
             .repair = shared->repair,
             .workers = shared->workers,
             .cache_size = shared->cache_size,
+            .max_size = shared->space.max_size,
             .failed = notice_failed,
             .revived = notice_revived,
             .damage = notice_damage,
@@ -314,6 +315,8 @@ static int shared_engine_open(BaleShared *shared, Error **errp)
     if (!o.ok) {
         return bale_bridge_error(o.err, errp);
     }
+    bale_store_set_compact(shared->store, !shared->space.compact_off,
+                           shared->space.compact_rate);
     shared->corrupt = o.info.corrupt;
     qatomic_set(&shared->damage_reports, 0);
     for (guint i = 0; i < nodes->len; i++) {
@@ -451,6 +454,7 @@ static int shared_begin(BlockDriverState *bs, bool writes, Error **errp)
     shared->repair = bs->open_flags & BDRV_O_CHECK;
     shared->workers = s->workers;
     shared->cache_size = s->cache_size;
+    shared->space = s->space;
     shared->filename = g_strdup(file->filename[0] ? file->filename
                                                   : s->node_name);
     qemu_mutex_init(&shared->lock);
@@ -480,6 +484,14 @@ static bool shared_check_options(BaleShared *shared, BDRVBaleState *s,
     if (s->has_cache_size && s->cache_size != shared->cache_size) {
         error_setg(errp, "'cache-size' is of the store, which is open with %"
                    PRIu64, shared->cache_size);
+        return false;
+    }
+    if (s->space.given &&
+        (s->space.max_size != shared->space.max_size ||
+         s->space.compact_off != shared->space.compact_off ||
+         s->space.compact_rate != shared->space.compact_rate)) {
+        error_setg(errp, "'max-size', 'compact' and 'compact-rate' are of the "
+                   "store, which is open with others");
         return false;
     }
     return true;
@@ -782,6 +794,13 @@ void bale_bs_set_cache_size(BlockDriverState *bs, uint64_t bytes)
 
     s->shared->cache_size = bytes;
     bale_store_set_cache_size(s->store, bytes);
+}
+
+BaleSpace *bale_bs_space(BlockDriverState *bs)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    return &s->shared->space;
 }
 
 int bale_bs_set_workers(BlockDriverState *bs, unsigned workers, Error **errp)

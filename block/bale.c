@@ -162,6 +162,9 @@ static int bale_read_options(BDRVBaleState *s, QDict *options, Error **errp)
                                       BALE_CACHE_SIZE_DEFAULT);
     s->skip_unchanged = qemu_opt_get_bool(opts, BALE_OPT_SKIP_UNCHANGED,
                                           false);
+    if (!bale_space_read_options(&s->space, options, errp)) {
+        goto out;
+    }
     s->image_name = g_strdup(qemu_opt_get(opts, BALE_OPT_IMAGE));
     ret = 0;
 

@@ -104,7 +104,7 @@ CHUNK = 16384                   # index values in a chunk
 # Limits of the size classes, in 1/256 of a cluster
 CLASSES = (0, 1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 208, 256)
 
-SUPER = struct.Struct('<8sIIQQQ16sQIIQQIIQQIIQQ368xQ')
+SUPER = struct.Struct('<8sIIQQQ16sQIIQQIIQQIIQQ24xQ336xQ')
 assert SUPER.size == SUPER_LENGTH
 CHECKPOINT_REF = struct.Struct('<QQII')     # of a checkpoint root
 CHECKPOINT_AT, PREVIOUS_AT = 96, 136        # in a superblock
@@ -217,7 +217,7 @@ class Superblock:
          self.state, self.cluster_size, self.page_size, self.super_size,
          self.block_size, self.copy, self.root_address, self.root_version,
          self.root_length, self.root_end, self.next_sequence,
-         self.device_end, self.checksum) = SUPER.unpack(raw)
+         self.device_end, self.max_size, self.checksum) = SUPER.unpack(raw)
         self.newest = CHECKPOINT_REF.unpack_from(raw, CHECKPOINT_AT)
         self.previous = CHECKPOINT_REF.unpack_from(raw, PREVIOUS_AT)
         self.problem = self.find_problem(raw, copy)
@@ -1694,6 +1694,7 @@ def command_info(store, args):
         'version': sb.version, 'generation': sb.generation,
         'clean': sb.clean, 'corrupt': sb.corrupt or store.corrupt,
         'cluster-size': sb.cluster_size, 'page-size': sb.page_size,
+        'max-size': sb.max_size,
         'pages': store.page_count, 'device-size': store.device.size,
         'next-sequence': state.next_sequence, 'read-by': how,
         'images': images}

@@ -20,6 +20,7 @@ static const BaleCommand *const commands[] = {
     &bale_command_check,
     &bale_command_verify,
     &bale_command_compact,
+    &bale_command_set,
     &bale_command_export,
     &bale_command_import,
 };

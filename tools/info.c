@@ -88,6 +88,10 @@ static const Counter store_counters[] = {
     STORE_COUNTER("compacted-records", compacted_records),
     STORE_COUNTER("compacted-bytes", compacted_bytes),
     STORE_COUNTER("compact-examined-bytes", compact_examined_bytes),
+    STORE_COUNTER("compact-running", compact_running),
+    STORE_COUNTER("compact-pending-bytes", compact_pending_bytes),
+    STORE_COUNTER("compact-paced-ns", compact_paced_ns),
+    STORE_COUNTER("space-waits", space_waits),
     STORE_COUNTER("index-entries", index_entries),
     STORE_COUNTER("index-bytes", index_bytes),
     STORE_COUNTER("index-peak-bytes", index_peak_bytes),
@@ -307,6 +311,7 @@ static void print_json(const Info *info)
     bale_tool_json_uint(b, "generation", info->store.generation);
     bale_tool_json_uint(b, "cluster-size", info->store.cluster_size);
     bale_tool_json_uint(b, "page-size", info->store.page_size);
+    bale_tool_json_uint(b, "max-size", info->store.max_size);
     bale_tool_json_bool(b, "clean", info->store.clean);
     bale_tool_json_bool(b, "corrupt", info->store.corrupt);
     bale_tool_json_uint(b, "recovered-records", info->store.recovered_records);
@@ -438,6 +443,9 @@ static void print_text(const Info *info)
     printf("uuid:              %s\n", uuid);
     print_size("cluster size:", info->store.cluster_size);
     print_size("page size:", info->store.page_size);
+    if (info->store.max_size) {
+        print_size("maximum size:", info->store.max_size);
+    }
     print_size("device size:", info->device.size);
     print_size("pages in use:", info->stats.used_bytes);
     print_size("live data:", info->stats.live_bytes);

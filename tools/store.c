@@ -240,6 +240,9 @@ static bool parse_option(const char *name, char *value, bool backing,
         o->page_size = bytes;
         return true;
     }
+    if (!strcmp(name, "max_size")) {
+        return bale_tool_parse_size(value, &o->max_size, errp);
+    }
     if (!strcmp(name, "image")) {
         o->image = value;
         return true;

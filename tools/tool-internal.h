@@ -50,6 +50,7 @@ extern const BaleCommand bale_command_image;
 extern const BaleCommand bale_command_check;
 extern const BaleCommand bale_command_verify;
 extern const BaleCommand bale_command_compact;
+extern const BaleCommand bale_command_set;
 extern const BaleCommand bale_command_export;
 extern const BaleCommand bale_command_import;
 

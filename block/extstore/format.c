@@ -40,6 +40,7 @@ enum {
     SUPER_NEXT_SEQ = 120,
     SUPER_DEVICE_END = 128,
     SUPER_PREVIOUS = 136,
+    SUPER_MAX_SIZE = 160,
     SUPER_CHECKSUM = 504,
 
     PAGE_MAGIC = 0,
@@ -175,6 +176,7 @@ void bale_super_encode(const BaleSuper *s, unsigned copy, uint8_t *buf)
     put64(buf + SUPER_NEXT_SEQ, s->next_seq);
     put64(buf + SUPER_DEVICE_END, s->device_end);
     super_put_checkpoint(&s->previous, buf + SUPER_PREVIOUS);
+    put64(buf + SUPER_MAX_SIZE, s->max_size);
     put64(buf + SUPER_CHECKSUM, bale_checksum(buf, SUPER_CHECKSUM,
                                               bale_super_address(copy)));
 }
@@ -214,6 +216,7 @@ int bale_super_decode(BaleSuper *s, unsigned copy, const uint8_t *buf,
     s->next_seq = get64(buf + SUPER_NEXT_SEQ);
     s->device_end = get64(buf + SUPER_DEVICE_END);
     super_get_checkpoint(&s->previous, buf + SUPER_PREVIOUS);
+    s->max_size = get64(buf + SUPER_MAX_SIZE);
 
     if (s->incompatible & ~(uint64_t)BALE_INCOMPAT_KNOWN) {
         *reason = "an incompatible feature that this program does not know";

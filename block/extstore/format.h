@@ -62,6 +62,7 @@ typedef struct BaleSuper {
     BaleCheckpointRef checkpoint, previous;
     uint64_t next_seq;
     uint64_t device_end;
+    uint64_t max_size;   /* bytes; 0: no limit but the device's */
 } BaleSuper;
 
 static inline uint64_t bale_super_address(unsigned copy)

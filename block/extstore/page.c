@@ -37,7 +37,9 @@
 
 /* Pages that fresh data may not take, if the device has a few at all. */
 #define RESERVE_PAGES 2u
-#define RESERVE_FROM_PAGES 8u
+#define RESERVE_FROM_PAGES BALE_MAX_SIZE_PAGES_MIN
+/* ... and for a checkpoint at most this part of them. */
+#define RESERVE_PART_MAX 4u
 
 BalePage *bale_page(BaleStore *s, uint64_t page)
 {
@@ -60,7 +62,7 @@ bool bale_address_split(BaleStore *s, uint64_t address, uint64_t *page,
 }
 
 /* How many whole pages the device holds or, if it grows, could hold. */
-uint64_t bale_page_device_pages(BaleStore *s)
+static uint64_t page_device_pages(BaleStore *s)
 {
     uint64_t size = s->dev_info.fixed_size ? s->dev_info.size
                                            : s->dev_info.max_size;
@@ -259,12 +261,72 @@ bool bale_page_wants_barriers(BaleStore *s)
     return false;
 }
 
+/* --- how many pages there may be --- */
+
+/* Pages that are not free, or that somebody is just taking. */
+static uint64_t pages_in_use(BaleStore *s)
+{
+    return s->pages->len - s->free_pages->len;
+}
+
+void bale_page_set_max_size(BaleStore *s, uint64_t bytes)
+{
+    bytes = bytes == BALE_MAX_SIZE_NONE ? 0 : bytes;
+    __atomic_store_n(&s->max_size, bytes, __ATOMIC_RELAXED);
+    if (s->max_size == 0) {
+        s->max_pages = s->over_pages = UINT64_MAX;
+        return;
+    }
+    s->max_pages = s->max_size < BALE_SUPER_SIZE
+                       ? 0
+                       : (s->max_size - BALE_SUPER_SIZE) / s->page_size;
+    s->over_pages = MAX(s->max_pages, pages_in_use(s) + RESERVE_PAGES + 1);
+}
+
+/*
+ * Pages that are kept from fresh data: for what frees space, for copies, and
+ * for a checkpoint, which takes eight bytes for each cluster of the parts of
+ * the layers in which there are any.
+ */
+static uint64_t pages_reserve(BaleStore *s, uint64_t total)
+{
+    uint64_t chunks = 0, pages;
+    GHashTableIter iter;
+    void *value;
+
+    if (total < RESERVE_FROM_PAGES) {
+        return 0;
+    }
+    g_hash_table_iter_init(&iter, s->layers);
+    while (g_hash_table_iter_next(&iter, NULL, &value)) {
+        BaleLayer *layer = value;
+
+        for (uint64_t c = 0; c < layer->chunks; c++) {
+            chunks += __atomic_load_n(&layer->chunk_entries[c],
+                                      __ATOMIC_RELAXED) > 0;
+        }
+    }
+    pages = chunks * BALE_CHUNK_CLUSTERS * 8 / s->page_size;
+    return RESERVE_PAGES + MIN(pages, total / RESERVE_PART_MAX);
+}
+
+/* How many more pages may be taken into use. */
+static uint64_t pages_room(BaleStore *s, BaleBucket bucket)
+{
+    bool fresh = bucket == BALE_BUCKET_FRESH;
+    uint64_t total = MIN(page_device_pages(s),
+                         fresh ? s->max_pages : s->over_pages);
+    uint64_t used = pages_in_use(s);
+
+    if (fresh) {
+        used += pages_reserve(s, total);
+    }
+    return total > used ? total - used : 0;
+}
+
 bool bale_page_has_room(BaleStore *s, uint64_t bytes)
 {
-    uint64_t total = bale_page_device_pages(s);
-    uint64_t need = RESERVE_PAGES + 1 + bytes / s->page_size;
-
-    return total + s->free_pages->len >= s->pages->len + need;
+    return pages_room(s, BALE_BUCKET_FRESH) > bytes / s->page_size;
 }
 
 /*
@@ -293,11 +355,9 @@ void bale_page_revived(BaleStore *s)
 static int page_take(BaleStore *s, BaleBucket bucket, uint64_t *page)
 {
     uint64_t n = s->pages->len;
-    uint64_t total = bale_page_device_pages(s);
     int ret;
 
-    if (bucket == BALE_BUCKET_FRESH && total >= RESERVE_FROM_PAGES &&
-        total + s->free_pages->len <= n + RESERVE_PAGES) {
+    if (pages_room(s, bucket) == 0) {
         return -ENOSPC;
     }
     if (s->free_pages->len) {
@@ -306,7 +366,7 @@ static int page_take(BaleStore *s, BaleBucket bucket, uint64_t *page)
         g_array_set_size(s->free_pages, s->free_pages->len - 1);
         return 0;
     }
-    if (n >= total) {
+    if (n >= page_device_pages(s)) {
         return -ENOSPC;
     }
     ret = bale_page_table_grow(s, n + 1);

@@ -326,6 +326,9 @@ struct BaleStore {
     uint64_t space_asked, space_answered, space_order;
     bool space_made;         /* the newest answer */
     uint64_t pages_freed;    /* so far */
+    uint64_t max_size;       /* that counts, bytes; 0: none */
+    uint64_t max_pages;      /* in use: for fresh data, with the reserve */
+    uint64_t over_pages;     /* for others: more, if there are more already */
     /* Compaction; also under log_lock. */
     bool compact_off;
     uint64_t compact_rate;   /* bytes examined a second; 0: no bound */
@@ -404,7 +407,8 @@ bool bale_page_wants_barriers(BaleStore *s);
 void bale_page_revived(BaleStore *s);
 /* Rebuild the stack of free pages from the states of the pages. */
 void bale_page_free_list_rebuild(BaleStore *s);
-uint64_t bale_page_device_pages(BaleStore *s);
+/* Under log_lock, or nobody else is there yet: limit the store to @bytes. */
+void bale_page_set_max_size(BaleStore *s, uint64_t bytes);
 /* Could @bytes of metadata be written without touching the reserve? */
 bool bale_page_has_room(BaleStore *s, uint64_t bytes);
 /* Not under log_lock: make @bucket's active page have room for a segment. */

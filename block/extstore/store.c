@@ -16,6 +16,8 @@
 
 /* How often a checkpoint begins anew because there are patches. */
 #define CHECKPOINT_TRIES_MAX 4
+/* A new store has room for at least so many pages, if small ones do it. */
+#define CREATE_PAGES_MIN 16u
 
 G_DEFINE_QUARK(bale-store-error-quark, bale_store_error)
 
@@ -207,6 +209,7 @@ static BaleStore *store_new(BaleDevice *dev, const BaleSuper *super,
     s->checkpoint_time_us = g_get_monotonic_time();
     pthread_rwlock_init(&s->session_lock, NULL);
     bale_log_init(s);
+    bale_page_set_max_size(s, super->max_size);
     return s;
 }
 
@@ -233,11 +236,43 @@ static bool store_start(BaleStore *s, GError **errp)
 
 /* --- create --- */
 
+uint64_t bale_create_page_size(const BaleCreateOptions *o, uint64_t room)
+{
+    uint64_t least = (uint64_t)BALE_PAGE_CLUSTERS_MIN *
+                     (o->cluster_size ? o->cluster_size
+                                      : BALE_CLUSTER_SIZE_DEFAULT);
+    uint64_t page_size = BALE_PAGE_SIZE_DEFAULT;
+
+    if (o->page_size) {
+        return o->page_size;
+    }
+    if (o->max_size) {
+        room = room ? MIN(room, o->max_size) : o->max_size;
+    }
+    while (room && page_size / 2 >= MAX(least, BALE_PAGE_SIZE_UNIT) &&
+           page_size > room / CREATE_PAGES_MIN) {
+        page_size /= 2;
+    }
+    return page_size;
+}
+
+/* A limit that leaves room for little more than the reserve is a mistake. */
+static bool check_max_size(uint64_t bytes, uint64_t page_size, GError **errp)
+{
+    uint64_t least = BALE_SUPER_SIZE + BALE_MAX_SIZE_PAGES_MIN * page_size;
+
+    return bytes == 0 || bytes >= least ||
+           store_error(errp, BALE_STORE_ERROR_INVALID,
+                       "a maximum size of %" PRIu64 " bytes is less than the "
+                       "%" PRIu64 " that pages of %" PRIu64 " bytes need",
+                       bytes, least, page_size);
+}
+
 bool bale_create_options_check(const BaleCreateOptions *o, GError **errp)
 {
     uint32_t cluster_size =
         o->cluster_size ? o->cluster_size : BALE_CLUSTER_SIZE_DEFAULT;
-    uint64_t page_size = o->page_size ? o->page_size : BALE_PAGE_SIZE_DEFAULT;
+    uint64_t page_size = bale_create_page_size(o, 0);
 
     if (!bale_is_power_of_2(cluster_size) ||
         cluster_size < BALE_CLUSTER_SIZE_MIN ||
@@ -282,7 +317,8 @@ bool bale_create_options_check(const BaleCreateOptions *o, GError **errp)
                            "the backing file's name or format is longer than "
                            "%u bytes or not UTF-8", BALE_BACKING_NAME_MAX);
     }
-    return bale_codec_check_level(o->codec, o->level, errp);
+    return check_max_size(o->max_size, page_size, errp) &&
+           bale_codec_check_level(o->codec, o->level, errp);
 }
 
 static bool create_check_device(BaleDevice *dev, uint64_t page_size,
@@ -387,6 +423,7 @@ bool bale_store_create(BaleDevice *dev, const BaleCreateOptions *o,
 {
     BaleOpenOptions open = { .workers = 1 };
     BaleSuper super = { .generation = 1 };
+    BaleDeviceInfo info;
     BaleStore *s;
     bool ok = false;
     int ret;
@@ -396,7 +433,10 @@ bool bale_store_create(BaleDevice *dev, const BaleCreateOptions *o,
     }
     super.cluster_size =
         o->cluster_size ? o->cluster_size : BALE_CLUSTER_SIZE_DEFAULT;
-    super.page_size = o->page_size ? o->page_size : BALE_PAGE_SIZE_DEFAULT;
+    dev->ops->get_info(dev, &info);
+    super.page_size = bale_create_page_size(o, info.fixed_size ? info.size
+                                                               : 0);
+    super.max_size = o->max_size;
     if (!create_check_device(dev, super.page_size, errp)) {
         return false;
     }
@@ -549,6 +589,7 @@ BaleStore *bale_store_open(BaleDevice *dev, const BaleOpenOptions *o,
         store_free(s);
         return NULL;
     }
+    bale_page_set_max_size(s, o->max_size ? o->max_size : super.max_size);
     return s;
 }
 
@@ -713,6 +754,44 @@ bool bale_store_close(BaleStore *s, GError **errp)
     return ok;
 }
 
+static void store_limit(BaleStore *s, uint64_t bytes)
+{
+    pthread_mutex_lock(&s->log_lock);
+    bale_page_set_max_size(s, bytes);
+    pthread_mutex_unlock(&s->log_lock);
+}
+
+bool bale_store_set_max_size(BaleStore *s, uint64_t bytes, GError **errp)
+{
+    uint64_t before = s->max_size, stored;
+    int ret;
+
+    if (!check_max_size(bytes, s->page_size, errp)) {
+        return false;
+    }
+    pthread_rwlock_wrlock(&s->session_lock);
+    /* First: a store that is full may need it in order to be written to. */
+    store_limit(s, bytes);
+    ret = bale_session_begin(s);
+    if (ret == 0 || (ret == -ENOSPC && s->session)) {
+        stored = s->super.max_size;
+        s->super.max_size = bytes;
+        ret = bale_supers_write(s);
+        if (ret < 0) {
+            s->super.max_size = stored;
+        }
+    }
+    if (ret < 0) {
+        store_limit(s, before);
+    }
+    pthread_rwlock_unlock(&s->session_lock);
+    return ret == 0 ||
+           store_error(errp, ret == -EROFS    ? BALE_STORE_ERROR_READ_ONLY
+                             : ret == -ENOSPC ? BALE_STORE_ERROR_NO_SPACE
+                                              : BALE_STORE_ERROR_IO,
+                       "setting the maximum size: %s", g_strerror(-ret));
+}
+
 void bale_store_set_cache_size(BaleStore *s, uint64_t bytes)
 {
     bale_cache_set_size(s->cache, bytes);
@@ -742,6 +821,7 @@ void bale_store_get_info(BaleStore *s, BaleStoreInfo *info)
     info->version = BALE_FORMAT_VERSION;
     info->cluster_size = s->cluster_size;
     info->page_size = s->page_size;
+    info->max_size = __atomic_load_n(&s->max_size, __ATOMIC_RELAXED);
     info->generation = __atomic_load_n(&s->super.generation,
                                        __ATOMIC_RELAXED);
     info->clean = s->was_clean;

@@ -63,6 +63,7 @@ typedef void BaleDone(void *opaque, int ret);
 #define BALE_PAGE_SIZE_MAX        (1ull << 30)
 #define BALE_PAGE_SIZE_DEFAULT    (64ull << 20)
 #define BALE_PAGE_CLUSTERS_MIN    4u    /* page_size >= 4 * cluster_size */
+#define BALE_MAX_SIZE_PAGES_MIN   8u    /* that a maximum size has room for */
 #define BALE_IMAGE_CLUSTERS_MAX   (1ull << 36)
 #define BALE_IMAGE_SIZE_MAX       (1ull << 60)
 #define BALE_BACKING_NAME_MAX     4095u /* bytes without the final NUL */
@@ -115,13 +116,22 @@ typedef struct BaleCreateOptions {
     const char *image;       /* its name, borrowed; NULL: the unnamed one */
     uint64_t size;           /* of the image, bytes */
     uint32_t cluster_size;   /* bytes, power of two; 0: default */
-    uint64_t page_size;      /* bytes, multiple of 2 MiB; 0: default */
+    uint64_t page_size;      /* bytes, multiple of 2 MiB; 0: default, see
+                              * bale_create_page_size() */
     BaleCodec codec;         /* for new clusters of the image */
     int level;               /* of the codec; 0: the codec's default */
     const char *backing_file;   /* borrowed; NULL: none.  Opaque to the engine,
                                  * which never opens it. */
     const char *backing_format; /* borrowed; NULL: not given */
+    uint64_t max_size;       /* of the store, bytes; 0: no limit */
 } BaleCreateOptions;
+
+/*
+ * The page size that @o stands for.  By default it is smaller if @room, bytes
+ * (0: unlimited), or the store's maximum size is so small that there would be
+ * but a few pages.
+ */
+uint64_t bale_create_page_size(const BaleCreateOptions *o, uint64_t room);
 
 /* Check @o without touching a device.  False with @errp set if out of range. */
 bool bale_create_options_check(const BaleCreateOptions *o, GError **errp);
@@ -153,6 +163,8 @@ typedef struct BaleOpenOptions {
                               * in use; 0: as many as seems good */
     uint64_t cache_size;     /* bytes of decompressed clusters kept; 0: none;
                               * BALE_CACHE_SIZE_DEFAULT is a good start */
+    uint64_t max_size;       /* in place of the stored one, bytes; 0: the
+                              * stored one; BALE_MAX_SIZE_NONE: none */
     BaleFailedNotify *failed; /* optional */
     BaleRevivedNotify *revived; /* optional */
     BaleDamageNotify *damage; /* optional */
@@ -160,6 +172,7 @@ typedef struct BaleOpenOptions {
 } BaleOpenOptions;
 
 #define BALE_CACHE_SIZE_DEFAULT (16ull << 20)
+#define BALE_MAX_SIZE_NONE      UINT64_MAX
 
 /*
  * Open the store on @dev.  @dev is transferred on success only: it is closed
@@ -220,6 +233,16 @@ void bale_store_set_cache_size(BaleStore *store, uint64_t bytes);
  */
 bool bale_store_set_workers(BaleStore *store, unsigned workers, GError **errp);
 
+/*
+ * Limit what the store may take to @bytes, from now on and when it is opened
+ * again; 0: no limit but the device's.  At the limit writers get -ENOSPC once
+ * compaction finds nothing to give back; a little is kept for what frees space
+ * and for closing.  A limit below what is in use is right as well: nothing is
+ * lost, and nothing more is written until enough was freed.  Durable when it
+ * returns true.
+ */
+bool bale_store_set_max_size(BaleStore *store, uint64_t bytes, GError **errp);
+
 /* True if first bytes of a device could belong to a store (probing). */
 bool bale_store_probe(const void *buf, size_t len);
 
@@ -230,6 +253,7 @@ typedef struct BaleStoreInfo {
     uint32_t version;
     uint32_t cluster_size;
     uint64_t page_size;
+    uint64_t max_size;        /* that counts now, bytes; 0: no limit */
     uint64_t generation;      /* of the newest superblock */
     bool clean;               /* was closed cleanly when opened */
     bool corrupt;             /* the corrupt bit is set */

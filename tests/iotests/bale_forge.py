@@ -39,7 +39,7 @@ SUPER_FIELDS = ('magic', 'version', 'length', 'incompatible', 'ro_compatible',
                 'compatible', 'uuid', 'generation', 'state', 'cluster_size',
                 'page_size', 'super_size', 'block_size', 'copy',
                 'root_address', 'root_version', 'root_length', 'root_end',
-                'next_sequence', 'device_end', 'checksum')
+                'next_sequence', 'device_end', 'max_size', 'checksum')
 PAGE_FIELDS = ('magic', 'bucket', 'length', 'page', 'version',
                'first_sequence', 'checksum')
 RECORD_FIELDS = ('magic', 'type', 'codec', 'flags', 'payload_length',
