@@ -3,8 +3,8 @@
  * and compaction in the background; and the command that changes these and
  * others while the node is in use.
  *
- * The maximum size is the store's own and kept in it.  As an option of a node it
- * stands in for that as long as the node is open.
+ * The maximum size is the store's own and kept in it.  As an option of a node
+ * it stands in for that as long as the node is open.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */

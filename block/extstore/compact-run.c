@@ -2,12 +2,12 @@
  * Compaction: which page, when, and how fast.
  *
  * In the background the maintenance thread compacts one page after the other
- * while enough of the store is garbage; for a writer who finds no space it takes
- * whatever page has some; and on command the caller's thread does it.
+ * while enough of the store is garbage; for a writer who finds no space it
+ * takes whatever page has some; and on command the caller's thread does it.
  *
- * In the background the best page is the one whose garbage is worth most of what
- * has to be copied, and of several the older: what was written lately is likely
- * to become garbage without our help.  (That is the cost and benefit of
+ * In the background the best page is the one with most garbage for what has to
+ * be copied, and of several the older: what was written lately is likely to
+ * become garbage without our help.  (That is the cost and benefit of
  * log-structured file systems.)
  *
  * Speed: a run keeps to its rate by a token bucket, and makes way for requests:
@@ -42,8 +42,8 @@
 #define REST_TIMES_COMMAND 1
 /* ... and of at most so many microseconds. */
 #define REST_MAX_US 50000
-/* The token bucket holds so many bytes. */
-#define PACE_BURST (4u << 20)
+/* The token bucket holds what its rate brings in so many microseconds. */
+#define PACE_BURST_US 100000
 /* A rate may change: look again after so many microseconds. */
 #define PACE_LOOK_US 100000
 /* How often a command waits for space before it gives up. */
@@ -214,9 +214,7 @@ static int64_t pace_due(const Pace *pace, uint64_t rate)
     int64_t now_us = g_get_monotonic_time(), due_us = pace->rest_us - now_us;
 
     if (rate) {
-        due_us = MAX(due_us, pace->paid_us - now_us -
-                                 (int64_t)(PACE_BURST * G_USEC_PER_SEC /
-                                           rate));
+        due_us = MAX(due_us, pace->paid_us - PACE_BURST_US - now_us);
     }
     return MIN(due_us, PACE_LOOK_US);
 }

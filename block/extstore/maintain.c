@@ -1,25 +1,25 @@
 /*
  * The maintenance thread of an open store: gives dead pages back to the device,
- * compacts fragmented ones, makes room for writers, and writes checkpoints while
- * the store is in use.
+ * compacts fragmented ones, makes room for writers, and writes checkpoints
+ * while the store is in use.
  *
  * It starts with the first session and ends when the store is closed.  It may
  * block on the device and on flushes; nobody who holds log_lock waits for it.
  * A worker may wait for it (when the store is full): it never needs a worker.
  *
  * Steps: all of this is done in steps, one at a time: some pages released, a
- * window of a page compacted, a checkpoint.  A compaction on command, which runs
- * on a thread of its own, takes its steps between those of the maintenance
+ * window of a page compacted, a checkpoint.  A compaction on command, which
+ * runs on a thread of its own, takes its steps between those of the maintenance
  * thread, which come first.  So checkpoints and writers who need space do not
  * wait for its end.
  *
  * Pausing: bale_maintain_pause() returns once nobody is in a step or in the
- * middle of a page, and keeps it so.  A compaction lets go of its page then, and
- * a checkpoint is given up and begun anew.
+ * middle of a page, and keeps it so.  A compaction lets go of its page then,
+ * and a checkpoint is given up and begun anew.
  *
- * Space: whoever finds no page asks for room (bale_maintain_wait_space()), again
- * as long as something comes of it.  Each time the thread flushes until pages
- * that have died are free; if there are none it compacts one.
+ * Space: whoever finds no page asks for room (bale_maintain_wait_space()),
+ * again as long as something comes of it.  Each time the thread flushes until
+ * pages that have died are free; if there are none it compacts one.
  *
  * A checkpoint is due by what was appended since the newest one began: so much
  * that recovery would take long, but always many times the checkpoint's own

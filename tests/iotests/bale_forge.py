@@ -371,7 +371,7 @@ class Forge:
                 self.generation + (copy & 1), reader.STATE_CLEAN if clean
                 else 0, self.cluster_size, self.page_size, reader.SUPER_SIZE,
                 BLOCK, copy, address, version, length, end, self.sequence,
-                len(self.bytes), 0))
+                len(self.bytes), 0, 0))
             self.seal_super(copy)
 
     def finish(self, clean=True):
