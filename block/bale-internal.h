@@ -41,7 +41,7 @@ BlockDriverState *bale_bs_of_image(BlockDriverState *bs, const char *name);
 /* As reopening @bs, a bale node, with another cache-size does. */
 void bale_bs_set_cache_size(BlockDriverState *bs, uint64_t bytes);
 /* What the store keeps to as long as it is open. */
-struct BaleSpace *bale_bs_space(BlockDriverState *bs);
+BaleSpace *bale_bs_space(BlockDriverState *bs);
 /* Compression threads; 0: one for each core. */
 int bale_bs_set_workers(BlockDriverState *bs, unsigned workers, Error **errp);
 

@@ -4,7 +4,7 @@
  * others while the node is in use.
  *
  * The maximum size is the store's own and kept in it.  As an option of a node
- * it stands in for that as long as the node is open.
+ * it stands in for that as long as the store is open.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */

@@ -286,26 +286,29 @@ void bale_page_set_max_size(BaleStore *s, uint64_t bytes)
 /*
  * Pages that are kept from fresh data: for what frees space, for copies, and
  * for a checkpoint, which takes eight bytes for each cluster of the parts of
- * the layers in which there are any.
+ * the layers in which there are any.  With session_lock.
  */
 static uint64_t pages_reserve(BaleStore *s, uint64_t total)
 {
     uint64_t chunks = 0, pages;
+    BaleEpochToken token;
     GHashTableIter iter;
     void *value;
 
     if (total < RESERVE_FROM_PAGES) {
         return 0;
     }
+    token = bale_epoch_enter(s->epoch);
     g_hash_table_iter_init(&iter, s->layers);
     while (g_hash_table_iter_next(&iter, NULL, &value)) {
         BaleLayer *layer = value;
 
-        for (uint64_t c = 0; c < layer->chunks; c++) {
-            chunks += __atomic_load_n(&layer->chunk_entries[c],
-                                      __ATOMIC_RELAXED) > 0;
+        for (uint64_t c = bale_layer_next_chunk(layer, 0); c < layer->chunks;
+             c = bale_layer_next_chunk(layer, c + 1)) {
+            chunks++;
         }
     }
+    bale_epoch_exit(s->epoch, token);
     pages = chunks * BALE_CHUNK_CLUSTERS * 8 / s->page_size;
     return RESERVE_PAGES + MIN(pages, total / RESERVE_PART_MAX);
 }
@@ -326,7 +329,8 @@ static uint64_t pages_room(BaleStore *s, BaleBucket bucket)
 
 bool bale_page_has_room(BaleStore *s, uint64_t bytes)
 {
-    return pages_room(s, BALE_BUCKET_FRESH) > bytes / s->page_size;
+    return pages_room(s, BALE_BUCKET_META) >
+           RESERVE_PAGES + bytes / s->page_size;
 }
 
 /*
