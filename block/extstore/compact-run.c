@@ -53,9 +53,9 @@
 
 /* How fast one run is, and how fast it may be. */
 typedef struct Pace {
-    int64_t step_us;     /* when the step began */
+    BalePaceDebt *debt;  /* to the rate; under log_lock */
+    int64_t step_us;     /* when the step began; 0: in none */
     uint64_t examined;   /* stats.compact_examined_bytes by then */
-    int64_t paid_us;     /* the bucket is full again at this time */
     int64_t rest_us;     /* when the rest is over */
     uint64_t requests;   /* of callers, when last looked */
 } Pace;
@@ -166,9 +166,15 @@ static uint64_t examined_bytes(BaleStore *s)
                            __ATOMIC_RELAXED);
 }
 
-static void pace_init(Pace *pace, BaleStore *s)
+/* What is owed after the time that has passed; at @rate, which is not 0. */
+static void debt_pay(BalePaceDebt *debt, uint64_t rate)
 {
-    *pace = (Pace){ .examined = examined_bytes(s) };
+    int64_t now_us = g_get_monotonic_time();
+    double burst = (double)rate * PACE_BURST_US / G_USEC_PER_SEC;
+
+    debt->bytes -= (double)(now_us - debt->then_us) * rate / G_USEC_PER_SEC;
+    debt->bytes = MAX(debt->bytes, -burst);
+    debt->then_us = now_us;
 }
 
 static void pace_step_begins(Pace *pace, BaleStore *s)
@@ -180,12 +186,12 @@ static void pace_step_begins(Pace *pace, BaleStore *s)
 /*
  * A step has ended, which @rate (0: none) has to pay for; and if there were
  * requests meanwhile it is followed by a rest of @times (hundredths) its time.
+ * Under log_lock.
  */
 static void pace_step_ended(Pace *pace, BaleStore *s, uint64_t rate,
                             unsigned times)
 {
     int64_t now_us = g_get_monotonic_time();
-    uint64_t bytes = examined_bytes(s) - pace->examined;
     uint64_t requests =
         __atomic_load_n(&s->stats.reads, __ATOMIC_RELAXED) +
         __atomic_load_n(&s->stats.writes, __ATOMIC_RELAXED) +
@@ -194,27 +200,34 @@ static void pace_step_ended(Pace *pace, BaleStore *s, uint64_t rate,
                 __atomic_load_n(&s->reads_in_flight, __ATOMIC_RELAXED) ||
                 __atomic_load_n(&s->writes_in_flight, __ATOMIC_RELAXED);
 
-    pace->requests = requests;
-    if (rate && bytes <= INT64_MAX / G_USEC_PER_SEC) {
-        pace->paid_us = MAX(pace->paid_us, now_us) +
-                        bytes * G_USEC_PER_SEC / rate;
+    if (!pace->step_us) {
+        return;
+    }
+    if (rate) {
+        debt_pay(pace->debt, rate);
+        pace->debt->bytes += examined_bytes(s) - pace->examined;
     }
     pace->rest_us = 0;
-    if (busy && pace->step_us) {
+    if (busy) {
         int64_t rest_us = (now_us - pace->step_us) * times / 100;
 
         pace->rest_us = now_us + MIN(rest_us, REST_MAX_US);
     }
+    pace->requests = requests;
     pace->step_us = 0;
 }
 
-/* Microseconds until the next step may begin. */
-static int64_t pace_due(const Pace *pace, uint64_t rate)
+/* Microseconds until the next step may begin.  Under log_lock. */
+static int64_t pace_due(Pace *pace, uint64_t rate)
 {
-    int64_t now_us = g_get_monotonic_time(), due_us = pace->rest_us - now_us;
+    int64_t due_us = pace->rest_us - g_get_monotonic_time();
 
     if (rate) {
-        due_us = MAX(due_us, pace->paid_us - PACE_BURST_US - now_us);
+        double owed_us;
+
+        debt_pay(pace->debt, rate);
+        owed_us = pace->debt->bytes * G_USEC_PER_SEC / rate;
+        due_us = MAX(due_us, (int64_t)MIN(owed_us, PACE_LOOK_US));
     }
     return MIN(due_us, PACE_LOOK_US);
 }
@@ -269,9 +282,7 @@ static bool background_go(void *opaque)
     bool go;
 
     pthread_mutex_lock(&s->log_lock);
-    if (b->pace.step_us) {
-        pace_step_ended(&b->pace, s, s->compact_rate, background_rest(s));
-    }
+    pace_step_ended(&b->pace, s, s->compact_rate, background_rest(s));
     while ((go = background_wanted(b)) && !b->for_space) {
         int64_t due_us = pace_due(&b->pace, s->compact_rate);
 
@@ -293,12 +304,18 @@ static bool background_go(void *opaque)
 /* One page, which is held.  Its error is only what stops others, too. */
 static int background_page(BaleStore *s, uint64_t page, bool for_space)
 {
-    Background b = { .s = s, .for_space = for_space };
+    Background b = {
+        .s = s,
+        .pace = { .debt = &s->compact_debt },
+        .for_space = for_space,
+    };
     int ret;
 
-    pace_init(&b.pace, s);
     __atomic_fetch_add(&s->compact_running, 1, __ATOMIC_RELAXED);
     ret = bale_compact_page(s, page, background_go, &b);
+    pthread_mutex_lock(&s->log_lock);
+    pace_step_ended(&b.pace, s, s->compact_rate, 0);
+    pthread_mutex_unlock(&s->log_lock);
     __atomic_fetch_sub(&s->compact_running, 1, __ATOMIC_RELAXED);
     /* That page is stuck; there are others. */
     return ret == -EIO && !store_failed(s) ? 0 : ret;
@@ -345,6 +362,7 @@ bool bale_compact_for_space(BaleStore *s)
 typedef struct CompactCommand {
     BaleStore *s;
     const BaleCompactOptions *o;
+    BalePaceDebt debt;
     Pace pace;
     uint64_t order;        /* pages opened up to this one */
     uint64_t before, total;
@@ -388,16 +406,15 @@ static bool command_go(void *opaque)
 
     pthread_mutex_lock(&s->log_lock);
     command_step_end(cmd);
-    if (cmd->pace.step_us) {
-        pace_step_ended(&cmd->pace, s, rate, 100 * REST_TIMES_COMMAND);
-    }
+    pace_step_ended(&cmd->pace, s, rate, 100 * REST_TIMES_COMMAND);
     pthread_mutex_unlock(&s->log_lock);
     while (go) {
         int64_t due_us;
 
         go = command_progress(cmd);
+        rate = command_rate(cmd);
         pthread_mutex_lock(&s->log_lock);
-        due_us = pace_due(&cmd->pace, command_rate(cmd));
+        due_us = pace_due(&cmd->pace, rate);
         /* Paused: let go of the page, and begin it anew after that. */
         go = go && !s->maintain_pauses && !store_failed(s);
         if (go && due_us > 0 && !s->space_waiters) {
@@ -514,7 +531,7 @@ bool bale_store_compact(BaleStore *s, const BaleCompactOptions *o,
         cmd.order = s->page_order;
         pthread_mutex_unlock(&s->log_lock);
         cmd.before = examined_bytes(s);
-        pace_init(&cmd.pace, s);
+        cmd.pace.debt = &cmd.debt;
         ret = command_run(&cmd);
         pthread_mutex_lock(&s->log_lock);
         s->compact_commands--;

@@ -214,6 +214,12 @@ struct BaleImage {
     uint64_t ahead_used, ahead_wasted; /* when ahead_max was last looked at */
 };
 
+/* Bytes that a token bucket lacks (or has, below 0), as of then. */
+typedef struct BalePaceDebt {
+    double bytes;
+    int64_t then_us;
+} BalePaceDebt;
+
 typedef struct BaleCheckpointRecord {
     uint64_t address;
     uint32_t len;
@@ -332,6 +338,7 @@ struct BaleStore {
     /* Compaction; also under log_lock. */
     bool compact_off;
     uint64_t compact_rate;   /* bytes examined a second; 0: no bound */
+    BalePaceDebt compact_debt; /* of the background */
     unsigned compact_commands;  /* under way */
     unsigned compact_held;   /* pages that they are at */
     uint64_t compact_turns;  /* pages that they have let go of */
