@@ -327,7 +327,8 @@ bool bale_compact_background(BaleStore *s)
     bool chosen;
 
     pthread_mutex_lock(&s->log_lock);
-    chosen = !s->compact_off && !s->compact_commands &&
+    /* A store that was made clean stays so until somebody writes. */
+    chosen = s->session && !s->compact_off && !s->compact_commands &&
              store_garbage(s) >= COMPACT_STORE_GARBAGE &&
              compact_choose(s, COMPACT_PAGE_GARBAGE, UINT64_MAX, &page);
     pthread_mutex_unlock(&s->log_lock);
