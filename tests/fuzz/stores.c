@@ -137,7 +137,7 @@ static void base_layers(BaleStore *s, BaleImage *image, const uint8_t *buf)
 
 static void base_make(Base *b, unsigned kind)
 {
-    BaleCreateOptions c = { .size = kind == 9 ? 1ull << 47 : IMAGE_SIZE,
+    BaleCreateOptions c = { .size = kind == 9 ? 1ull << 36 : IMAGE_SIZE,
                             .cluster_size = 4096,
                             .page_size = BALE_PAGE_SIZE_UNIT,
                             .image = kind == 8 ? "disk" : NULL,
