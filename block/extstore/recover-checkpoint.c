@@ -169,7 +169,9 @@ static int load_catalogue(Checkpoint *c, const BalePart *part)
                        BALE_RECORD_HEADER_MAX + BALE_CATALOGUE_PAYLOAD_MAX);
     int ret;
 
+    /* It must be where the checkpoint knows what there is. */
     if (page >= s->pages->len || s->catalogue_address ||
+        offset + BALE_RECORD_HEADER_LEN > c->limit[page] ||
         part->address >= s->dev_info.size) {
         return -EIO;
     }
@@ -341,9 +343,15 @@ static void note_record(BaleStore *s, GArray *records, uint64_t address,
                         uint32_t len)
 {
     BaleCheckpointRecord c = { address, len };
+    uint64_t page, offset;
 
-    g_array_append_val(records, c);
-    bale_page_live_add(s, address, len);
+    /* A page that is free will be used for something else. */
+    if (bale_address_split(s, address, &page, &offset) &&
+        bale_page(s, page)->state != BALE_PAGE_FREE &&
+        offset + len <= bale_page(s, page)->end) {
+        g_array_append_val(records, c);
+        bale_page_live_add(s, address, len);
+    }
 }
 
 static void note_records(BaleStore *s, GArray *records,

@@ -1,11 +1,11 @@
 /*
  * Large buffers are kept from one input of a fuzzer to the next.
  *
- * A store has a few buffers of megabytes, which the allocator would take from
- * the system and give back for each input: that took most of the time.  The
- * linker puts these functions before those of util/memory.c.  What nobody uses
- * is poisoned, so that AddressSanitizer sees its use all the same; and a leak is
- * seen because there are no more than BUFFERS_MAX.
+ * The buffers of a store are of megabytes; to take them from the system and to
+ * give them back for each input took most of the time.  The linker puts these
+ * functions before those of util/memory.c.  What nobody uses is poisoned, so
+ * that AddressSanitizer sees its use all the same; and a leak is seen because
+ * no more than BUFFERS_MAX are kept.
  *
  * Threads: any.  Errors: NULL as ever.
  *
