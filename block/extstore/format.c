@@ -507,7 +507,8 @@ int bale_segment_decode(BaleSegment *s, uint64_t offset, uint64_t page_size,
         s->barrier[i].page = get64(p);
         s->barrier[i].version = get64(p + 8);
         s->barrier[i].durable_end = get64(p + 16);
-        if (s->barrier[i].durable_end > page_size) {
+        if (s->barrier[i].durable_end > page_size ||
+            s->barrier[i].durable_end % BALE_BLOCK_SIZE) {
             return -EIO;
         }
     }

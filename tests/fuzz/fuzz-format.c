@@ -84,6 +84,9 @@ static void fuzz_segment(uint8_t *block, size_t len)
         require(s.barriers <= BALE_BARRIERS_MAX &&
                 s.segment_len <= (2u << 20) - 4096 &&
                 s.directory_offset < 4096 + s.segment_len);
+        for (uint32_t i = 0; i < s.barriers; i++) {
+            require(s.barrier[i].durable_end % BLOCK == 0);
+        }
     }
 }
 

@@ -20,15 +20,11 @@
 #define KEPT_LEN_MIN (32u << 10)
 #define BUFFERS_MAX 64
 
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#include <sanitizer/asan_interface.h>
-#endif
-#endif
-#ifndef ASAN_POISON_MEMORY_REGION
-#define ASAN_POISON_MEMORY_REGION(p, len) ((void)0)
-#define ASAN_UNPOISON_MEMORY_REGION(p, len) ((void)0)
-#endif
+/* Of AddressSanitizer's run-time library, if there is one. */
+void __asan_poison_memory_region(const volatile void *p, size_t len)
+    __attribute__((weak));
+void __asan_unpoison_memory_region(const volatile void *p, size_t len)
+    __attribute__((weak));
 
 void *__real_bale_memory_try_alloc(size_t align, size_t size);
 void *__wrap_bale_memory_try_alloc(size_t align, size_t size);
@@ -61,7 +57,9 @@ void *__wrap_bale_memory_try_alloc(size_t align, size_t size)
         if (!b->used && b->size == size && b->align == align) {
             b->used = true;
             p = b->p;
-            ASAN_UNPOISON_MEMORY_REGION(p, size);
+            if (__asan_unpoison_memory_region) {
+                __asan_unpoison_memory_region(p, size);
+            }
         }
     }
     if (!p) {
@@ -103,7 +101,9 @@ void __wrap_bale_memory_free(void *p)
             }
             kept = true;
             b->used = false;
-            ASAN_POISON_MEMORY_REGION(p, b->size);
+            if (__asan_poison_memory_region) {
+                __asan_poison_memory_region(p, b->size);
+            }
         }
     }
     pthread_mutex_unlock(&lock);
