@@ -1,5 +1,6 @@
 /*
- * `bale import`: a raw file or block device to a new store.
+ * `bale import`: a raw file or block device to a new store, or over an image
+ * that holds an older copy of it.
  *
  * Reader threads take chunks of the input in order, read them, and submit the
  * clusters that are not zero as asynchronous writes.  There are IMPORT_SLOTS
@@ -19,6 +20,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "extstore/bitmap.h"
 #include "store-internal.h"
 
 #define IMPORT_SLOTS 32
@@ -43,6 +45,7 @@ struct Import {
     uint64_t size;       /* of the input, bytes */
     size_t read_len;
     uint32_t cluster_size;
+    bool update;         /* the image holds something */
     BaleImage *image;
     Slot slots[IMPORT_SLOTS];
     BaleToolBag idle;    /* Slots */
@@ -94,7 +97,8 @@ static bool next_chunk(Import *m, uint64_t *offset, size_t *len)
     pthread_mutex_lock(&m->lock);
     if (m->cursor < m->size) {
         start = m->cursor;
-        data = lseek(m->fd, m->cursor, SEEK_DATA);
+        data = m->update ? (off_t)start
+                         : lseek(m->fd, m->cursor, SEEK_DATA);
         if (data >= 0) {
             m->cursor = data - data % m->read_len;
             m->cursor = MAX(m->cursor, start);
@@ -133,7 +137,10 @@ static bool read_chunk(Import *m, uint8_t *buf, size_t len, uint64_t offset)
     return true;
 }
 
-/* Submit the runs of clusters that are not zero. */
+/*
+ * Submit the runs of clusters that are not zero; all, if there can be something
+ * else, as the engine stores only what differs.
+ */
 static void write_chunk(Import *m, Slot *slot, uint64_t offset, size_t len)
 {
     unsigned writes = 0;
@@ -141,8 +148,9 @@ static void write_chunk(Import *m, Slot *slot, uint64_t offset, size_t len)
     size_t at;
 
     for (at = 0; at < len; at += m->cluster_size) {
-        bool zero = bale_tool_is_zero(slot->buf + at,
-                                        MIN(m->cluster_size, len - at));
+        bool zero = !m->update &&
+                    bale_tool_is_zero(slot->buf + at,
+                                      MIN(m->cluster_size, len - at));
         bool last = at + m->cluster_size >= len;
         size_t end = zero ? at : MIN(at + m->cluster_size, len);
 
@@ -263,9 +271,31 @@ static bool open_input(Import *m)
     return true;
 }
 
+/* Make an image that holds something ready for @m's input. */
+static bool update_begin(Import *m, const BaleImageInfo *info,
+                         const char *store_path)
+{
+    g_autoptr(GError) error = NULL;
+
+    if (info->has_backing_file) {
+        bale_tool_file_error("import", store_path, "what the image shows of "
+                             "its backing file cannot be compared here");
+        return false;
+    }
+    /* Nobody notes in them what is written now. */
+    if (!bale_bitmaps_begin_use(m->image, &error) ||
+        (info->size != m->size &&
+         !bale_image_resize(m->image, m->size, &error))) {
+        bale_tool_file_error("import", store_path, error->message);
+        return false;
+    }
+    bale_image_set_skip_unchanged(m->image, true);
+    return true;
+}
+
 static int import_into(Import *m, const BaleToolDevice *device,
-                       const char *store_path, unsigned workers,
-                       BaleToolProgress *progress)
+                       const char *store_path, const char *name,
+                       unsigned workers, BaleToolProgress *progress)
 {
     g_autoptr(GError) error = NULL;
     BaleImageInfo *info;
@@ -278,7 +308,7 @@ static int import_into(Import *m, const BaleToolDevice *device,
     if (!store) {
         return BALE_EXIT_ERROR;
     }
-    m->image = bale_tool_image_open("import", store_path, store, NULL);
+    m->image = bale_tool_image_open("import", store_path, store, name);
     if (!m->image) {
         status = BALE_EXIT_ERROR;
         return bale_tool_store_close("import", store_path, store, status);
@@ -286,6 +316,12 @@ static int import_into(Import *m, const BaleToolDevice *device,
     info = g_new0(BaleImageInfo, 1);
     bale_image_get_info(m->image, info);
     m->cluster_size = info->cluster_size;
+    if (m->update && !update_begin(m, info, store_path)) {
+        g_free(info);
+        bale_image_close(m->image);
+        return bale_tool_store_close("import", store_path, store,
+                                     BALE_EXIT_ERROR);
+    }
     g_free(info);
     ret = copy(m, CLAMP(g_get_num_processors(), 1, IMPORT_READERS_MAX),
                progress);
@@ -321,14 +357,19 @@ static int run_import(const BaleCommand *command, int argc, char **argv)
     BaleCreateOptions o = { .codec = BALE_TOOL_CODEC_DEFAULT };
     gboolean force = FALSE;
     gboolean show = FALSE;
+    gboolean update = FALSE;
+    g_autofree char *name = NULL;
     int workers = 0;
-    bool made;
+    bool made = false;
     int status = BALE_EXIT_ERROR;
     const GOptionEntry entries[] = {
         { "options", 'o', 0, G_OPTION_ARG_STRING_ARRAY, &options,
           "Options of the store, as for bale create", "NAME=VALUE[,...]" },
         { "force", 'f', 0, G_OPTION_ARG_NONE, &force,
           "Replace what is at STORE", NULL },
+        { "update", 'u', 0, G_OPTION_ARG_NONE, &update,
+          "Into the image that is there: store only what differs", NULL },
+        BALE_TOOL_IMAGE_ENTRY(name),
         { "progress", 'p', 0, G_OPTION_ARG_NONE, &show, "Show progress",
           NULL },
         { "workers", 0, 0, G_OPTION_ARG_INT, &workers,
@@ -345,9 +386,14 @@ static int run_import(const BaleCommand *command, int argc, char **argv)
         return bale_tool_error("import: --workers takes 0 to %d",
                                BALE_WORKERS_MAX);
     }
+    if (update ? force || options : !!name) {
+        return bale_tool_error("import: --update takes no --force and no "
+                               "--options, and only it takes --image");
+    }
     if (!bale_tool_parse_options(options, false, &o, keep, &error)) {
         return bale_tool_file_error("import", argv[2], error->message);
     }
+    m->update = update;
     m->path = argv[1];
     bale_tool_bag_init(&m->idle);
     pthread_mutex_init(&m->lock, NULL);
@@ -361,10 +407,11 @@ static int run_import(const BaleCommand *command, int argc, char **argv)
                                       "is the input itself");
         goto out;
     }
-    if (!bale_tool_create("import", &device, argv[2], &o, force, &made)) {
+    if (!update &&
+        !bale_tool_create("import", &device, argv[2], &o, force, &made)) {
         goto out;
     }
-    status = import_into(m, &device, argv[2], workers, &progress);
+    status = import_into(m, &device, argv[2], name, workers, &progress);
     if (status != BALE_EXIT_OK && made && !device.plugin) {
         unlink(argv[2]);
     }
@@ -380,6 +427,9 @@ const BaleCommand bale_command_import = {
     .help = "Zeroes and holes take no room in the store. When it fails, a "
             "store that was made\n"
             "is removed. The options are those of bale create, but for "
-            "backing_file.",
+            "backing_file.\n"
+            "With --update the image gets the length and the contents of RAW; "
+            "its snapshots\n"
+            "stay, and clusters that hold what RAW has are not stored again.",
     .run = run_import,
 };

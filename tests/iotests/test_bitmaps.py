@@ -465,6 +465,30 @@ class UnchangedTest(bale_iotests.TestCase):
         self.assertGreater(self.live(store), full * 3 // 2)
         same_image(self.raw, store)
 
+    def test_import_update(self):
+        store = self.path('store.bale')
+        bale('import', self.raw, store, check=0)
+        full = self.live(store)
+        bitmap(store, '--add', 'b0')
+        bale('image', 'snapshot', store, '@old', check=0)
+        self.change(5)
+        with open(self.raw, 'r+b') as file:
+            file.seek(256 * KIB)
+            file.write(bytes(128 * KIB))
+            file.truncate(SIZE + MIB)
+        bale('import', '--update', self.raw, store, check=0)
+        self.assertLess(self.live(store) - full, 5 * 65 * KIB)
+        same_image(self.raw, store)
+        self.assertTrue(stored(store)['b0']['inconsistent'])
+        check(store)
+        self.assert_one_line_error(
+            bale('import', '--update', '--force', self.raw, store),
+            '--force')
+        top = self.path('top.bale')
+        qemu_img('create', '-q', '-f', 'bale', '-b', store, '-F', 'bale', top)
+        self.assert_one_line_error(bale('import', '--update', self.raw, top),
+                                   'backing')
+
     def test_over_a_backing_file(self):
         """By a backup job; zeroes over zeroes take nothing either."""
         for fmt in ('bale', 'qcow2'):
