@@ -317,8 +317,9 @@ static void admin_forget(BaleStore *s, BaleImage *image)
 }
 
 /*
- * Delete image @id by making @cat the store's.  What waits in the mutable region
- * goes with the image, or stays with it if the change fails.  Under admin_lock.
+ * Delete image @id by making @cat the store's.  What waits in the mutable
+ * region goes with the image, or stays with it if the change fails.  Under
+ * admin_lock.
  */
 static int admin_commit_deletion(BaleStore *s, BaleCatalogue *cat, uint32_t id)
 {
