@@ -172,6 +172,7 @@ static int load_catalogue(Checkpoint *c, const BalePart *part)
     /* It must be where the checkpoint knows what there is. */
     if (page >= s->pages->len || s->catalogue_address ||
         offset + BALE_RECORD_HEADER_LEN > c->limit[page] ||
+        bale_page(s, page)->bucket != BALE_BUCKET_META ||
         part->address >= s->dev_info.size) {
         return -EIO;
     }
@@ -348,6 +349,7 @@ static void note_record(BaleStore *s, GArray *records, uint64_t address,
     /* A page that is free will be used for something else. */
     if (bale_address_split(s, address, &page, &offset) &&
         bale_page(s, page)->state != BALE_PAGE_FREE &&
+        bale_page(s, page)->bucket == BALE_BUCKET_META &&
         offset + len <= bale_page(s, page)->end) {
         g_array_append_val(records, c);
         bale_page_live_add(s, address, len);
