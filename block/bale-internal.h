@@ -32,6 +32,9 @@ BlockDriverState *bale_find_node(const char *node_name, Error **errp);
 /* What @bs, a bale node, keeps for the monitor. */
 BaleControl *bale_bs_control(BlockDriverState *bs);
 
+/* Is the store of @bs open for writing, by this node or another one? */
+bool bale_bs_store_writable(BlockDriverState *bs);
+
 /* The job on the store of @bs, whichever node it was started on; NULL: none. */
 BaleJob *bale_bs_job(BlockDriverState *bs);
 

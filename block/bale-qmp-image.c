@@ -47,8 +47,7 @@ static bool coroutine_fn image_run(const char *node_name, ImageRun *run,
     if (!bs) {
         return false;
     }
-    if (writes &&
-        (bdrv_is_read_only(bs) || (bs->open_flags & BDRV_O_INACTIVE))) {
+    if (writes && !bale_bs_store_writable(bs)) {
         error_setg(errp, "Node '%s' is %s", node_name,
                    bdrv_is_read_only(bs) ? "read-only" : "inactive");
         return false;

@@ -815,6 +815,13 @@ int bale_bs_set_workers(BlockDriverState *bs, unsigned workers, Error **errp)
     return 0;
 }
 
+bool bale_bs_store_writable(BlockDriverState *bs)
+{
+    BDRVBaleState *s = bs->opaque;
+
+    return !s->shared->read_only;
+}
+
 BaleJob *bale_bs_job(BlockDriverState *bs)
 {
     BDRVBaleState *s = bs->opaque, *other;
