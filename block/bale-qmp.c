@@ -19,21 +19,18 @@
 #include "bale-control-internal.h"
 #include "bale-internal.h"
 #include "bale-qapi-commands-bale.h"
+#include "qmp-node-internal.h"
+
+static bool is_bale(BlockDriverState *bs)
+{
+    return bale_bs_store(bs);
+}
+
+static const BaleQmpDriver bale_driver = { BALE_FORMAT_NAME, is_bale };
 
 BlockDriverState *bale_find_node(const char *node_name, Error **errp)
 {
-    BlockDriverState *bs = bdrv_find_node(node_name);
-
-    if (!bs) {
-        error_setg(errp, "Failed to find node with node-name='%s'", node_name);
-        return NULL;
-    }
-    if (!bale_bs_store(bs)) {
-        error_setg(errp, "Node '%s' is a %s node, not a bale node", node_name,
-                   bdrv_get_format_name(bs) ?: "closed");
-        return NULL;
-    }
-    return bs;
+    return bale_qmp_find_node(node_name, &bale_driver, errp);
 }
 
 /* --- query-bale --- */
@@ -233,14 +230,15 @@ static BaleNodeInfo *get_info(BlockDriverState *bs)
     BaleNodeInfo *info = g_new0(BaleNodeInfo, 1);
     BaleControl *control = bale_bs_control(bs);
     BaleStore *store = bale_bs_store(bs);
+    BaleJob *job = bale_bs_job(bs);
 
     info->node_name = g_strdup(bdrv_get_node_name(bs));
     info->file_node_name = g_strdup(bdrv_get_node_name(bs->file->bs));
     info->store = get_store(store);
     info->image = get_image(bale_bs_image(bs));
     info->stats = get_stats(store);
-    info->has_job = control->job != NULL;
-    info->job = control->job ? g_strdup(bale_job_id(control->job)) : NULL;
+    info->has_job = job != NULL;
+    info->job = job ? g_strdup(bale_job_id(job)) : NULL;
     info->speed = qatomic_read(&control->speed);
     info->space_threshold = control->space_threshold;
     info->compact = !bale_bs_space(bs)->compact_off;
@@ -248,29 +246,20 @@ static BaleNodeInfo *get_info(BlockDriverState *bs)
     return info;
 }
 
+static void add_info(BlockDriverState *bs, void *opaque)
+{
+    BaleNodeInfoList ***tail = opaque;
+
+    QAPI_LIST_APPEND(*tail, get_info(bs));
+}
+
 BaleNodeInfoList *qmp_query_bale(bool has_node_name, const char *node_name,
                                  Error **errp)
 {
     BaleNodeInfoList *list = NULL, **tail = &list;
-    BlockDriverState *bs = NULL;
 
-    if (has_node_name) {
-        bs = bale_find_node(node_name, errp);
-        if (!bs) {
-            return NULL;
-        }
-    } else {
-        bs = bdrv_next_node(NULL);
-    }
-    for (; bs; bs = has_node_name ? NULL : bdrv_next_node(bs)) {
-        AioContext *ctx = bdrv_get_aio_context(bs);
-
-        aio_context_acquire(ctx);
-        if (bale_bs_store(bs)) {
-            QAPI_LIST_APPEND(tail, get_info(bs));
-        }
-        aio_context_release(ctx);
-    }
+    bale_qmp_for_nodes(has_node_name ? node_name : NULL, &bale_driver,
+                       add_info, &tail, errp);
     return list;
 }
 
@@ -337,18 +326,14 @@ void coroutine_fn qmp_bale_checkpoint(const char *node_name, Error **errp)
 
 /* --- the others --- */
 
+static void reset_stats(BlockDriverState *bs, void *opaque)
+{
+    bale_store_reset_stats(bale_bs_store(bs));
+}
+
 void qmp_bale_reset_stats(const char *node_name, Error **errp)
 {
-    BlockDriverState *bs = bale_find_node(node_name, errp);
-    AioContext *ctx;
-
-    if (!bs) {
-        return;
-    }
-    ctx = bdrv_get_aio_context(bs);
-    aio_context_acquire(ctx);
-    bale_store_reset_stats(bale_bs_store(bs));
-    aio_context_release(ctx);
+    bale_qmp_for_nodes(node_name, &bale_driver, reset_stats, NULL, errp);
 }
 
 static void start_job(const char *job_id, const char *node_name,

@@ -10,23 +10,11 @@
 
 #include "qapi/error.h"
 #include "bale-qapi-commands-seqcache.h"
+#include "qmp-node-internal.h"
 
-/* The seqcache node @node_name; NULL with @errp set if there is none. */
-static BlockDriverState *find_seqcache(const char *node_name, Error **errp)
-{
-    BlockDriverState *bs = bdrv_find_node(node_name);
-
-    if (!bs) {
-        error_setg(errp, "Failed to find node with node-name='%s'", node_name);
-        return NULL;
-    }
-    if (!bale_seqcache_is_node(bs)) {
-        error_setg(errp, "Node '%s' is a %s node, not a seqcache node",
-                   node_name, bdrv_get_format_name(bs) ?: "closed");
-        return NULL;
-    }
-    return bs;
-}
+static const BaleQmpDriver seqcache_driver = {
+    BALE_SEQCACHE_FORMAT_NAME, bale_seqcache_is_node,
+};
 
 static SeqcacheHistogramBucketList *list_buckets(const BaleHistogram *hist)
 {
@@ -91,35 +79,27 @@ static SeqcacheInfo *get_info(BlockDriverState *bs)
     return info;
 }
 
+static void add_info(BlockDriverState *bs, void *opaque)
+{
+    SeqcacheInfoList ***tail = opaque;
+
+    QAPI_LIST_APPEND(*tail, get_info(bs));
+}
+
 SeqcacheInfoList *qmp_query_seqcache(bool has_node_name, const char *node_name,
                                      Error **errp)
 {
     SeqcacheInfoList *list = NULL, **tail = &list;
-    BlockDriverState *bs = NULL;
 
-    if (has_node_name) {
-        bs = find_seqcache(node_name, errp);
-        if (!bs) {
-            return NULL;
-        }
-    } else {
-        bs = bdrv_next_node(NULL);
-    }
-    for (; bs; bs = has_node_name ? NULL : bdrv_next_node(bs)) {
-        AioContext *ctx = bdrv_get_aio_context(bs);
-
-        aio_context_acquire(ctx);
-        if (bale_seqcache_is_node(bs)) {
-            QAPI_LIST_APPEND(tail, get_info(bs));
-        }
-        aio_context_release(ctx);
-    }
+    bale_qmp_for_nodes(has_node_name ? node_name : NULL, &seqcache_driver,
+                       add_info, &tail, errp);
     return list;
 }
 
 void coroutine_fn qmp_seqcache_flush(const char *node_name, Error **errp)
 {
-    BlockDriverState *bs = find_seqcache(node_name, errp);
+    BlockDriverState *bs = bale_qmp_find_node(node_name, &seqcache_driver,
+                                              errp);
     g_autofree char *message = NULL;
     AioContext *old_ctx;
     int ret;
@@ -141,16 +121,12 @@ void coroutine_fn qmp_seqcache_flush(const char *node_name, Error **errp)
     }
 }
 
+static void reset_stats(BlockDriverState *bs, void *opaque)
+{
+    bale_seqcache_node_reset_stats(bs);
+}
+
 void qmp_seqcache_reset_stats(const char *node_name, Error **errp)
 {
-    BlockDriverState *bs = find_seqcache(node_name, errp);
-    AioContext *ctx;
-
-    if (!bs) {
-        return;
-    }
-    ctx = bdrv_get_aio_context(bs);
-    aio_context_acquire(ctx);
-    bale_seqcache_node_reset_stats(bs);
-    aio_context_release(ctx);
+    bale_qmp_for_nodes(node_name, &seqcache_driver, reset_stats, NULL, errp);
 }
