@@ -10,6 +10,9 @@ Parts, all by default:
   overwrite  the whole image three times in random order, 64 KiB and 4 KiB,
              against qcow2, and the space used at the end
   compact    compaction of a store half of which was discarded
+  flush      4 KiB and a flush at depth 1, against a raw file with fdatasync, on
+             blocks that were written before and on such that were not
+             (tests/bench/bench-flush)
   growth     stalls while the index grows eightfold (tests/bench/bench-index)
 
 Sides take turns in every round; a ratio is the median of the ratios of the
@@ -28,14 +31,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 from bench_convert import BALE, BUILD, CODECS, TOP, BenchError, machine, \
     summarize
 
 STORE = os.path.join(BUILD, 'tests', 'bench', 'bench-store')
+FLUSH = os.path.join(BUILD, 'tests', 'bench', 'bench-flush')
 INDEX = os.path.join(BUILD, 'tests', 'bench', 'bench-index')
-PARTS = ('scale', 'random', 'overwrite', 'compact', 'growth')
+PARTS = ('scale', 'random', 'overwrite', 'compact', 'flush', 'growth')
 CLUSTER = 65536
 SMALL_CLUSTERS = 100000
 # Of the store for "scale": the number of clusters is what matters
@@ -43,11 +48,16 @@ SCALE_CLUSTER_SIZE = 4096
 HOT_BYTES = 8 << 20
 READ_SIZE = 4096
 OVERWRITE_MIB = {'64k': 1024, '4k': 256}
+FLUSHES = 400
+# Compaction has nothing to do when the space is the same for so long, seconds
+SETTLED_S = 1.5
+SETTLE_MAX_S = 60
 
 TARGETS = {
     'open-clean-s': 0.3, 'cost': 1.2, 'index-mib': 256,
     'cold': 1.3, 'hot': 10.0, 'space': 1.25,
     'compact-mb-per-s': 400, 'compact-mib': 32, 'stall-ms': 5,
+    'flush': 1.5, 'flush-blocks': 3,
 }
 
 
@@ -254,6 +264,67 @@ def fio(uri, block, mib, seed):
     return job['write']['bw_bytes'] / 1e6
 
 
+def used(path):
+    return os.stat(path).st_blocks * 512
+
+
+class Peak(threading.Thread):
+    """The most space that a file takes while this is entered."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+        self.bytes = 0
+        self.stop = threading.Event()
+
+    def run(self):
+        while not self.stop.wait(0.1):
+            self.bytes = max(self.bytes, used(self.path))
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.stop.set()
+        self.join()
+
+
+def settle(path):
+    """Wait until compaction in the background is done; seconds it took."""
+    begin = since = time.monotonic()
+    before = used(path)
+    while time.monotonic() - since < SETTLED_S and \
+            time.monotonic() - begin < SETTLE_MAX_S:
+        time.sleep(0.05)
+        if used(path) != before:
+            before = used(path)
+            since = time.monotonic()
+    return since - begin
+
+
+def overwrite_round(side, source, block, mib, number, work):
+    path = os.path.join(work, 'over.' + side)
+    convert(side, 'zstd', source, path)
+    with exported(side, path, work) as uri, Peak(path) as peak:
+        speed = fio(uri, block, mib, number)
+        settle_s = settle(path) if side == 'bale' else 0
+    # MB/s if the time until compaction was done counts, too
+    mb = 3 * mib * 2**20 / 1e6
+    out = {'mb_per_s': speed, 'settled_mb_per_s': mb / (mb / speed + settle_s),
+           'settle_s': settle_s, 'space': used(path), 'peak': peak.bytes}
+    if side == 'bale':
+        run([BALE, 'compact', path])
+        out['compacted'] = used(path)
+        new = os.path.join(work, 'fresh')
+        run([BALE, 'run', 'qemu-img', 'convert', '-f', 'bale', '-O', 'bale',
+             '-W', '-m', '16', path, new])
+        out['fresh'] = used(new)
+        os.unlink(new)
+    os.unlink(path)
+    return out
+
+
 def overwrite(args, work, results):
     out = {}
     for block, mib in OVERWRITE_MIB.items():
@@ -262,39 +333,49 @@ def overwrite(args, work, results):
             for _ in range(mib * 16):
                 f.write(os.urandom(CLUSTER * 2 // 5) +
                         bytes(CLUSTER - CLUSTER * 2 // 5))
-        speed = {'bale': [], 'qcow2': []}
-        space = {'bale': [], 'qcow2': []}
-        fresh, compacted = [], []
+        runs = {'bale': [], 'qcow2': []}
         for number in range(args.rounds):
-            for side in speed:
-                path = os.path.join(work, 'over.' + side)
-                convert(side, 'zstd', source, path)
-                with exported(side, path, work) as uri:
-                    speed[side].append(fio(uri, block, mib, number))
-                space[side].append(os.stat(path).st_blocks * 512)
-                if side == 'bale':
-                    run([BALE, 'compact', path])
-                    compacted.append(os.stat(path).st_blocks * 512)
-                    new = os.path.join(work, 'fresh')
-                    run([BALE, 'run', 'qemu-img', 'convert', '-f', 'bale',
-                         '-O', 'bale', '-W', '-m', '16', path, new])
-                    fresh.append(os.stat(new).st_blocks * 512)
-                    os.unlink(new)
-                os.unlink(path)
+            for side, done in runs.items():
+                done.append(overwrite_round(side, source, block, mib, number,
+                                            work))
         os.unlink(source)
-        result(results, 'overwrite three times, %s: times as fast as qcow2' %
-               block, [b / q for b, q in zip(speed['bale'], speed['qcow2'])],
-               None, True)
-        result(results, 'space after that, %s: times that of a fresh store' %
-               block, [b / f for b, f in zip(space['bale'], fresh)],
-               TARGETS['space'], False)
-        result(results, 'the same, after `bale compact`',
-               [c / f for c, f in zip(compacted, fresh)], None, False)
-        result(results, 'space after that, %s: times that of qcow2' % block,
-               [b / q for b, q in zip(space['bale'], space['qcow2'])], None,
-               False)
-        out[block] = {'mib': mib, 'mb_per_s': speed, 'space': space,
-                      'fresh': fresh, 'compacted': compacted}
+
+        def ratio(name, key, other, target=None, at_least=False):
+            result(results, name, [a[key] / b for a, b in zip(
+                runs['bale'], other)], target, at_least)
+        fresh = [r['fresh'] for r in runs['bale']]
+        speed = [r['mb_per_s'] for r in runs['qcow2']]
+        ratio('overwrite three times, %s: times as fast as qcow2' % block,
+              'mb_per_s', speed, at_least=True)
+        ratio('the same, with the time until compaction was done',
+              'settled_mb_per_s', speed, at_least=True)
+        ratio('space after that, %s: times that of a fresh store' % block,
+              'space', fresh, TARGETS['space'])
+        ratio('the same, at its peak meanwhile', 'peak', fresh)
+        ratio('the same, after `bale compact`', 'compacted', fresh)
+        ratio('space after that, %s: times that of qcow2' % block, 'space',
+              [r['space'] for r in runs['qcow2']])
+        out[block] = {'mib': mib, 'runs': runs,
+                      'space': {side: [r['space'] for r in done]
+                                for side, done in runs.items()},
+                      'fresh': fresh,
+                      'compacted': [r['compacted'] for r in runs['bale']]}
+    return out
+
+
+# --- flushing
+
+def flush(args, work, results):
+    out = json.loads(run([FLUSH, work, str(args.rounds), str(FLUSHES)]))
+    for way in out['ways']:
+        for key, name in (('raw_written_us', 'written before'),
+                          ('raw_sparse_us', 'not written yet')):
+            result(results, '4 KiB and a flush, %s: times the time of a raw '
+                   'file whose blocks were %s' % (way['way'], name),
+                   [b / r for b, r in zip(way['bale_us'], way[key])],
+                   TARGETS['flush'], False)
+        result(results, 'the same, blocks of the device written',
+               [way['bale_blocks']], TARGETS['flush-blocks'], False)
     return out
 
 
