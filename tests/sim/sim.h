@@ -109,6 +109,7 @@ typedef struct Geometry {
     unsigned max;       /* clusters it may grow to */
     bool backing;       /* something lies under it */
     bool skip_unchanged; /* writes are compared with what is there */
+    uint64_t max_size;  /* of the store; 0: no limit */
 } Geometry;
 
 extern const Geometry geometries[];

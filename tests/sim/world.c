@@ -13,6 +13,8 @@
 #include <string.h>
 
 #define BACKING_NAMES 8u
+/* Of a store, before its first page. */
+#define SUPER_BYTES (2ull << 20)
 
 const Geometry geometries[] = {
     { "small", 4096, BALE_CODEC_ZSTD, 6, 8, false },
@@ -21,6 +23,12 @@ const Geometry geometries[] = {
     /* A few writes fill a page, so that pages are freed and used again. */
     { "pages", 262144, BALE_CODEC_NONE, 5, 6, false },
     { "pages-backed", 262144, BALE_CODEC_NONE, 5, 6, true },
+    /*
+     * The same, full after these: steps wait for compaction.  There is room for
+     * the images and snapshots, two checkpoints, and what a crash leaves open.
+     */
+    { "limited", 262144, BALE_CODEC_NONE, 5, 6, false,
+      .max_size = SUPER_BYTES + 12 * BALE_PAGE_SIZE_UNIT },
     { "skipping", 4096, BALE_CODEC_ZSTD, 6, 8, .skip_unchanged = true },
 };
 const unsigned geometry_count = G_N_ELEMENTS(geometries);
@@ -835,6 +843,7 @@ static bool start_make(World *w, StartImage *start)
         .cluster_size = w->geo->cluster_size,
         .page_size = BALE_PAGE_SIZE_UNIT,
         .codec = w->geo->codec,
+        .max_size = w->geo->max_size,
         .backing_file = w->geo->backing ? backing_name(1) : NULL,
     };
     g_autoptr(GError) err = NULL;
