@@ -18,9 +18,9 @@
  *  6. A patch is copied if it counts: the mutable region knows where it is.
  *
  * A page is read in windows, the next one while the records of this one are
- * moved.  Memory: two windows of twice a write buffer, 8 MiB, or 16 MiB if
- * clusters need large buffers, besides the log's own; at most two pages are
- * compacted at a time.
+ * moved.  Memory: two windows as long as a write buffer, which hold a segment
+ * each, 4 MiB, or 8 MiB if clusters need large buffers, besides the log's own;
+ * at most two pages are compacted at a time.
  *
  * The idea is memcached extstore's (the page with most garbage first) and
  * FASTER's compaction with lookup (ask the index whether a record is live).
@@ -36,7 +36,7 @@
 #include "util/memory.h"
 
 /* A window is read in pieces of so many bytes, for others to come between. */
-#define WINDOW_PIECE (1u << 20)
+#define WINDOW_PIECE (256u << 10)
 #define WINDOWS 2
 
 /* Part of a page that was read, or is being read. */
@@ -379,7 +379,7 @@ static int compact_windows(Compact *c, BaleCompactGo *go, void *opaque)
 int bale_compact_page(BaleStore *s, uint64_t page, BaleCompactGo *go,
                       void *opaque)
 {
-    Compact c = { .s = s, .page = page, .window_len = 2 * s->buffer_size };
+    Compact c = { .s = s, .page = page, .window_len = s->buffer_size };
     int ret = 0;
 
     for (int i = 0; i < WINDOWS; i++) {

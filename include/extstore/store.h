@@ -584,7 +584,7 @@ typedef struct BaleCompactOptions {
     uint64_t rate;     /* bytes examined a second; 0: unlimited */
     /* Optional: the rate, in place of @rate; may change. */
     uint64_t (*get_rate)(void *opaque);
-    /* Optional: told about every 4 MiB or so; return false to stop. */
+    /* Optional: told about every 2 MiB or so; return false to stop. */
     bool (*progress)(void *opaque, uint64_t done, uint64_t total);
     void *opaque;
 } BaleCompactOptions;
