@@ -344,6 +344,11 @@ static void our_blockdev_reopen(QDict *args, QObject **ret, Error **errp)
     ERRP_GUARD();
     const QList *list = qobject_to(QList, qdict_get(args, "options"));
 
+    if (list && qlist_empty(list) && qdict_size(args) == 1) {
+        /* Nothing to do.  QEMU 7.2 itself would abort. */
+        *ret = QOBJECT(qdict_new());
+        return;
+    }
     if (!mentions_ours(QOBJECT(args), 0)) {
         program_blockdev_reopen(args, ret, errp);
         return;

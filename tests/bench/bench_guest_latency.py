@@ -12,14 +12,18 @@ places of a disk, 200 times a second, and each write is timed. Rows:
   fleecing         a copy-before-write filter over the disk, into a local bale
                    layer; the backup job reads the snapshot and writes to the
                    target of 20 MB/s
+  gently           the job has one request of 64 KiB under way and at most 100
+                   MB/s; with a seqcache it is finalized when that is empty
 
 Variants run in turn, several rounds; what is printed is the median of the
 rounds' p50 and p99, how long the backup took, and the size of its file.
 
   tests/bench/bench_guest_latency.py [--size MIB] [--rounds N] [--dir DIR]
+                                     [--out FILE] [--variant TEXT]...
 """
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -30,8 +34,8 @@ import sys
 import tempfile
 import time
 
-TOP = os.path.dirname(os.path.dirname(os.path.dirname(
-    os.path.abspath(__file__))))
+from bench_convert import BUILD, TOP, machine, summarize
+
 sys.path.insert(0, os.path.join(TOP, 'tests/iotests'))
 import bale_images  # noqa: E402  pylint: disable=wrong-import-position
 from bale_iotests import qemu_img  # noqa: E402  pylint: disable=C0413
@@ -40,9 +44,14 @@ from bale_qmp import Qemu  # noqa: E402  pylint: disable=C0413
 MIB = 1 << 20
 WRITES_PER_S = 200
 WRITES_MIN = 400
+WARM_UP = 100
 SLOW = 20_000_000
-VARIANTS = ['no backup', 'bale', 'qcow2', 'bale 20 MB/s',
-            'bale 20 MB/s +seqcache', 'bale 20 MB/s, fleecing']
+GENTLY = {'x_perf': {'max-workers': 1, 'max-chunk': 65536},
+          'speed': 100_000_000}
+VARIANTS = ['no backup', 'bale', 'bale, gently', 'qcow2', 'bale 20 MB/s',
+            'bale 20 MB/s, gently', 'bale 20 MB/s +seqcache',
+            'bale 20 MB/s +seqcache, gently', 'bale 20 MB/s, fleecing',
+            'bale 20 MB/s, fleecing, gently']
 
 
 class Nbd:
@@ -96,6 +105,29 @@ def add_target(vm, variant, size):
     return fmt
 
 
+def write_on(guest, rng, size, times):
+    """Writes at its rate, and notes how long each took."""
+    due = time.monotonic()
+    while True:
+        data = rng.randbytes(2048) + bytes(2048)
+        offset = rng.randrange(size // 4096) * 4096
+        due = max(due + 1 / WRITES_PER_S, time.monotonic())
+        time.sleep(max(0, due - time.monotonic()))
+        at = time.monotonic()
+        guest.write(offset, data)
+        times.append(time.monotonic() - at)
+        yield
+
+
+def has_ended(vm):
+    """Whether the job is gone; finalizes it once nothing waits in a cache."""
+    jobs = vm.command('query-jobs')
+    if jobs and jobs[0]['status'] == 'pending' and \
+            vm.command('query-seqcache')[0]['bytes-dirty'] == 0:
+        vm.command('job-finalize', id='j')
+    return not jobs
+
+
 def measure(variant, raw, seed):
     """(p50, p99, worst, seconds of the backup, bytes of the target)."""
     rng = random.Random(seed)
@@ -123,31 +155,31 @@ def measure(variant, raw, seed):
         vm.command('block-export-add', type='nbd', id='e', node_name=top,
                    name='disk', writable=True)
         guest = Nbd(sock, 'disk')
+        times = []
+        for _ in write_on(guest, rng, size, times):
+            if len(times) == WARM_UP:
+                break
+        times.clear()
         start = time.monotonic()
         if variant != 'no backup':
+            options = dict(GENTLY) if 'gently' in variant else {}
+            if 'seqcache, gently' in variant:
+                options['auto_finalize'] = False
             vm.command('blockdev-backup', job_id='j', device=source,
                        target='target', sync='full',
-                       compress=variant == 'qcow2')
-        times, ended, due = [], None, start
-        while len(times) < WRITES_MIN or \
-                (ended is None and variant != 'no backup'):
-            data = rng.randbytes(2048) + bytes(2048)
-            offset = rng.randrange(size // 4096) * 4096
-            due = max(due + 1 / WRITES_PER_S, time.monotonic())
-            time.sleep(max(0, due - time.monotonic()))
-            at = time.monotonic()
-            guest.write(offset, data)
-            times.append(time.monotonic() - at)
-            if ended is None and len(times) % 20 == 0 and \
-                    variant != 'no backup' and \
-                    not vm.command('query-jobs'):
+                       compress=variant == 'qcow2', **options)
+        for _ in write_on(guest, rng, size, times):
+            if variant == 'no backup':
+                if len(times) >= WRITES_MIN:
+                    break
+            elif len(times) % 20 == 0 and has_ended(vm):
                 # The times of after the backup would hide those of during
-                ended = time.monotonic() - start
                 break
+        ended = time.monotonic() - start if variant != 'no backup' else 0
         guest.sock.close()
     times.sort()
     done = [times[len(times) // 2], times[len(times) * 99 // 100], times[-1],
-            ended or 0, 0]
+            ended, 0]
     for name in ('target', 'layer'):
         if os.path.exists(name):
             if name == 'target':
@@ -163,6 +195,9 @@ def main():
     parser.add_argument('--size', type=int, default=256, help='MiB')
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--dir')
+    parser.add_argument('--variant', action='append', help='only those')
+    parser.add_argument('--out', default=os.path.join(
+        BUILD, 'bench', 'guest_latency.json'))
     args = parser.parse_args()
     work = tempfile.mkdtemp(prefix='bench-latency-', dir=args.dir)
     os.chdir(work)
@@ -171,24 +206,32 @@ def main():
             rng = random.Random(1)
             while file.tell() < args.size * MIB:
                 file.write(bale_images.patterned(rng, MIB))
-        found = {variant: [] for variant in VARIANTS}
+        found = {variant: [] for variant in args.variant or VARIANTS}
         for number in range(args.rounds):
-            for variant in VARIANTS:
+            for variant in found:
                 found[variant].append(measure(variant, 'raw', number))
-        print(f'{args.size} MiB, {args.rounds} rounds, medians')
-        print(f'{"":26}{"p50 ms":>8}{"p99 ms":>9}{"worst":>9}{"x p99":>7}'
-              f'{"backup s":>10}{"MiB":>7}')
-        base = None
-        for variant, rounds in found.items():
-            p50, p99, worst, took, used = (statistics.median(column)
-                                           for column in zip(*rounds))
-            base = base or p99
-            print(f'{variant:26}{p50 * 1e3:8.2f}{p99 * 1e3:9.2f}'
-                  f'{worst * 1e3:9.1f}{p99 / base:7.1f}{took:10.1f}'
-                  f'{used / MIB:7.0f}')
     finally:
         os.chdir('/')
         shutil.rmtree(work)
+    summary = {variant: dict(zip(('p50_s', 'p99_s', 'worst_s', 'backup_s',
+                                  'bytes'), map(summarize, zip(*rounds))))
+               for variant, rounds in found.items()}
+    os.makedirs(os.path.dirname(args.out), exist_ok=True)
+    with open(args.out, 'w', encoding='utf-8') as file:
+        json.dump({'bench': 'guest_latency', 'machine': machine(),
+                   'date': time.strftime('%Y-%m-%d', time.gmtime()),
+                   'rounds': args.rounds, 'mib': args.size,
+                   'summary': summary}, file, indent=1)
+    print(f'{args.size} MiB, {args.rounds} rounds, medians')
+    print(f'{"":32}{"p50 ms":>8}{"p99 ms":>9}{"worst":>9}{"x p99":>7}'
+          f'{"backup s":>10}{"MiB":>7}')
+    base = None
+    for variant, s in summary.items():
+        p50, p99, worst, took, used = (v['median'] for v in s.values())
+        base = base or p99
+        print(f'{variant:32}{p50 * 1e3:8.2f}{p99 * 1e3:9.2f}'
+              f'{worst * 1e3:9.1f}{p99 / base:7.1f}{took:10.1f}'
+              f'{used / MIB:7.0f}')
 
 
 if __name__ == '__main__':

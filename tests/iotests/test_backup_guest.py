@@ -6,95 +6,25 @@ looked at, and booted from at once. Skipped where the disk cannot be made."""
 
 import os
 import re
-import shutil
 
 import bale_iotests
-from bale_backup import MIB, Machine, SYSTEM, layer
+from bale_backup import MIB, layer
+from bale_guest import Guest, files_in, make_disk
 from bale_images import check, sha256
-from bale_iotests import TOP, qemu_img, run, wait_until
-
-# The guest's first and only program
-INIT = '''#!/bin/sh
-mount -t proc proc /proc
-mkdir -p /data
-n=$(ls /data | grep -c sum)
-echo "guest: ready with $n" > /dev/ttyS0
-while :; do
-    head -c $((65536 + n * 1000)) /dev/urandom > /data/$n
-    (cd /data && sha256sum $n > $n.sum)
-    sync
-    echo "guest: wrote $n" > /dev/ttyS0
-    n=$((n + 1))
-    [ $n -lt 300 ] || n=0
-done
-'''
-BOOT_S = 240
-
-
-class Guest(Machine):
-    """A machine that boots; its disk is `-drive` @drive, as drive-d."""
-
-    def __init__(self, kernel, drive, number=0):
-        self.console = os.path.abspath(f'console{number}')
-        super().__init__(SYSTEM, args=[
-            '-machine', 'pc', '-accel', 'tcg', '-m', '512', '-no-reboot',
-            '-kernel', f'{kernel}.vmlinuz', '-initrd', f'{kernel}.initrd',
-            '-append', 'root=/dev/vda rw console=ttyS0 init=/bale-init quiet',
-            '-serial', f'file:{self.console}',
-            '-drive', f'if=none,id=drive-d,node-name=d,{drive}',
-            '-device', 'virtio-blk-pci,drive=drive-d'])
-
-    def told(self):
-        with open(self.console, encoding='utf-8', errors='replace') as file:
-            return file.read()
-
-    def written(self):
-        """How many files the guest has written and synced."""
-        return len(re.findall('guest: wrote', self.told()))
-
-    def wait_written(self, count):
-        wait_until(lambda: self.written() >= count or
-                   not self.process.running(),
-                   f'the guest writes {count} files: {self.told()[-1000:]}',
-                   BOOT_S)
+from bale_iotests import qemu_img, run
 
 
 class GuestTest(bale_iotests.TestCase):
 
     def setUp(self):
         self.need_root()
-        done = run(f'{TOP}/scripts/test-disk', timeout_s=900)
-        if done.status:
-            self.skipTest(f'no test disk: {done.err[-200:]}')
-        raw = done.out.strip()
-        self.kernel = raw[:-len('.raw')]
-        run('cp', '--sparse=always', raw, 'd.raw', check=0)
-        with open('init', 'w', encoding='ascii') as file:
-            file.write(INIT)
-        run('debugfs', '-w', '-f', '-', 'd.raw', check=0, stdin=(
-            'write init bale-init\nsif bale-init mode 0100755\n'))
-
-    def files_in(self, image, image_format='bale'):
-        """Numbers of the files of a restore point; each checksum is right,
-        but that of the one being written."""
-        qemu_img('convert', '-f', image_format, '-O', 'raw', image, 'r.raw')
-        self.assertIn(run('e2fsck', '-fy', 'r.raw').status, (0, 1))
-        shutil.rmtree('out', ignore_errors=True)
-        os.mkdir('out')
-        run('debugfs', '-R', 'rdump /data out', 'r.raw', check=0)
-        good = set()
-        for name in os.listdir('out/data'):
-            if name.endswith('.sum'):
-                with open(f'out/data/{name}', encoding='ascii') as file:
-                    digest = file.read().split()
-                if digest and sha256(f'out/data/{name[:-4]}') == digest[0]:
-                    good.add(int(name[:-4]))
-        os.unlink('r.raw')
-        return good
+        self.kernel, why = make_disk('d.raw')
+        if not self.kernel:
+            self.skipTest(why)
 
     def has(self, image, count, image_format='bale'):
         """All that the guest had synced before the backup is there."""
-        good = self.files_in(image, image_format)
+        good = files_in(image, image_format)
         self.assertGreater(count, 0)
         self.assertLessEqual(set(range(count)), good, image)
         return good
@@ -139,7 +69,7 @@ class GuestTest(bale_iotests.TestCase):
         with Guest(self.kernel, 'driver=qcow2,file.filename=layer.qcow2',
                    1) as vm:
             vm.wait_written(2)
-            self.assertIn(f'guest: ready with {len(self.files_in(last))}',
+            self.assertIn(f'guest: ready with {len(files_in(last))}',
                           vm.told())
             vm.command('blockdev-add', driver='qcow2', node_name='new', file={
                 'driver': 'file', 'filename': 'restored.qcow2'})

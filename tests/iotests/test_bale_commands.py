@@ -373,6 +373,43 @@ class ChainTest(Base):
                 self.content('c.bale', 2)
                 check('c.bale')
 
+    def test_internal_snapshots(self):
+        for program in PROGRAMS:
+            self.images('a.bale')
+            with Qemu(program) as qemu:
+                self.add(qemu, 'a.bale', 'a')
+                for name in ('one', 'two'):
+                    qemu.command('blockdev-snapshot-internal-sync',
+                                 device='a', name=name)
+                self.assertIn('exists', self.fails(
+                    qemu, 'blockdev-snapshot-internal-sync', device='a',
+                    name='one'))
+                gone = qemu.command('blockdev-snapshot-delete-internal-sync',
+                                    device='a', name='one')
+                self.assertEqual(gone['name'], 'one')
+                self.fails(qemu, 'blockdev-snapshot-delete-internal-sync',
+                           device='a', name='one')
+            names = [s['name'] for s in qemu_img_info('a.bale')['snapshots']]
+            self.assertEqual(names, ['two'])
+            self.content('a.bale', 1)
+            check('a.bale')
+
+    def test_children_cannot_be_added(self):
+        self.images('a.bale', 'b.bale')
+        for program in PROGRAMS:
+            with Qemu(program) as qemu:
+                self.add(qemu, 'a.bale', 'a')
+                self.add(qemu, 'b.bale', 'b', backing=None)
+                self.fails(qemu, 'x-blockdev-change', parent='a', node='b')
+                self.fails(qemu, 'x-blockdev-change', parent='a', child='file')
+
+    def test_reopening_nothing(self):
+        """QEMU 7.2 by itself aborts."""
+        for program in PROGRAMS:
+            with Qemu(program) as qemu:
+                qemu.command('blockdev-reopen', options=[])
+                self.fails(qemu, 'blockdev-reopen')
+
 
 if __name__ == '__main__':
     bale_iotests.main()
