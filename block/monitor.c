@@ -282,7 +282,10 @@ static GSList *find_reopen_nodes(const QList *list, Error **errp)
     return g_steal_pointer(&nodes);
 }
 
-/* What blockdev-reopen does. */
+/*
+ * What blockdev-reopen does, but for the drained section: QEMU 7.2 drains the
+ * subtrees of the nodes and loses count when children change (it aborts).
+ */
 static void reopen_nodes(const QList *list, Error **errp)
 {
     ERRP_GUARD();
@@ -293,6 +296,7 @@ static void reopen_nodes(const QList *list, Error **errp)
     if (*errp) {
         return;
     }
+    bdrv_drain_all_begin();
     for (GSList *l = nodes; l; l = l->next, element = qlist_next(element)) {
         AioContext *ctx = bdrv_get_aio_context(l->data);
         QDict *flat = qdict_clone_shallow(
@@ -300,18 +304,11 @@ static void reopen_nodes(const QList *list, Error **errp)
 
         qdict_flatten(flat);
         aio_context_acquire(ctx);
-        bdrv_subtree_drained_begin(l->data);
         queue = bdrv_reopen_queue(queue, l->data, flat, false);
         aio_context_release(ctx);
     }
     bdrv_reopen_multiple(queue, errp);
-    for (GSList *l = nodes; l; l = l->next) {
-        AioContext *ctx = bdrv_get_aio_context(l->data);
-
-        aio_context_acquire(ctx);
-        bdrv_subtree_drained_end(l->data);
-        aio_context_release(ctx);
-    }
+    bdrv_drain_all_end();
 }
 
 /* --- commands taken over --- */

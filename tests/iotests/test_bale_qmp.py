@@ -568,7 +568,7 @@ class EventTest(Base):
     def test_recovered_store(self):
         create('a.bale', '16M')
         with Qemu(SYSTEM) as qemu:
-            self.add(qemu, file=self.failing('write_aio', once=True))
+            self.add(qemu, file=self.failing('flush_to_disk', once=True))
             self.io(qemu, 'write -P 5 0 1M', 'flush', good=False)
             qemu.wait_event('BALE_STORE_FAILED', **{'node-name': 'a'})
             qemu.command('bale-flush', node_name='a')
