@@ -53,6 +53,10 @@
 #define CHECKPOINT_TIME_SIZES 2u
 /* How often the thread looks at the time while there is something new. */
 #define LOOK_TIME_S 30
+/* So many dying pages do not wait for somebody's flush ... */
+#define DYING_PAGES_MAX 8u
+/* ... nor does this part of the pages in use. */
+#define DYING_PAGES_PART 8u
 /* Flushes that pages which have died are given to become free. */
 #define DYING_FLUSHES_MAX 4
 
@@ -178,6 +182,35 @@ static void maintain_release(BaleStore *s)
     }
 }
 
+/*
+ * Do pages wait for a flush that nobody may ask for soon?  One that dies has
+ * taken a page's worth of writes: a flush for it costs next to nothing.  Under
+ * log_lock.
+ */
+static bool maintain_flush_due(BaleStore *s)
+{
+    uint64_t waiting = 0, used = s->pages->len - s->free_pages->len;
+
+    for (guint i = 0; i < s->dying_pages->len; i++) {
+        BalePage *p = bale_page(s, g_array_index(s->dying_pages, uint64_t,
+                                                 i));
+
+        waiting += p->state == BALE_PAGE_DEAD ||
+                   p->state == BALE_PAGE_MARKED;
+    }
+    return waiting && (s->dying_flush || waiting >= DYING_PAGES_MAX ||
+                       waiting * DYING_PAGES_PART >= used);
+}
+
+/* Called and returns with log_lock. */
+static void maintain_flush(BaleStore *s)
+{
+    s->dying_flush = false;
+    pthread_mutex_unlock(&s->log_lock);
+    bale_log_flush_sync(s); /* a failure has poisoned the store */
+    pthread_mutex_lock(&s->log_lock);
+}
+
 /* --- checkpoints; under log_lock --- */
 
 void bale_maintain_appended(BaleStore *s, uint32_t bytes,
@@ -215,6 +248,7 @@ static void maintain_look_at_time(BaleStore *s)
         (idle || now_us - s->checkpoint_time_us >= CHECKPOINT_TIME_US)) {
         s->checkpoint_due = true;
     }
+    s->dying_flush = idle;
 }
 
 static bool maintain_checkpoint_due(BaleStore *s)
@@ -294,8 +328,8 @@ static void maintain_wait(BaleStore *s)
 
     s->maintain_idle = true;
     pthread_cond_broadcast(&s->log_cond);
-    if (s->appended == s->checkpoint_base || s->maintain_pauses ||
-        store_failed(s)) {
+    if ((s->appended == s->checkpoint_base && !s->dying_pages->len) ||
+        s->maintain_pauses || store_failed(s)) {
         pthread_cond_wait(&s->maintain_cond, &s->log_lock);
     } else {
         /* When the clock is set, the thread only looks once too often. */
@@ -372,6 +406,10 @@ bool bale_maintain_errand(BaleStore *s)
         maintain_release(s);
         return true;
     }
+    if (maintain_flush_due(s)) {
+        maintain_flush(s);
+        return true;
+    }
     if (maintain_checkpoint_due(s)) {
         maintain_checkpoint(s);
         return true;
@@ -381,7 +419,7 @@ bool bale_maintain_errand(BaleStore *s)
 
 static bool maintain_has_work(BaleStore *s)
 {
-    return s->maintain_release || s->maintain_look ||
+    return s->maintain_release || s->maintain_look || maintain_flush_due(s) ||
            s->space_answered < s->space_asked || maintain_checkpoint_due(s);
 }
 

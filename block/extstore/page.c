@@ -190,6 +190,7 @@ void bale_page_consider(BaleStore *s, uint64_t page)
     p->state = BALE_PAGE_DEAD;
     p->free_flush = s->flush_request + 1;
     g_array_append_val(s->dying_pages, page);
+    bale_maintain_signal(s, false, false); /* it may want to flush */
     page_barriers_again(s, page);
     if (BALE_PLANTED(page_reused_early)) {
         p->state = BALE_PAGE_MARKING;

@@ -318,6 +318,7 @@ struct BaleStore {
     bool maintain_started, maintain_stop, maintain_idle;
     bool maintain_release;   /* pages are MARKING or RELEASING */
     bool maintain_look;      /* there may be a page to compact */
+    bool dying_flush;        /* flush for pages that died, however few */
     unsigned maintain_pauses;
     bool checkpoint_due;
     uint64_t checkpoint_base;  /* appended when the newest began */
