@@ -267,6 +267,11 @@ class Damage(CliCase):
         bale('export', 'x.bale', 'out.raw', check=0)
         self.assertTrue(filecmp.cmp(raw, 'out.raw', shallow=False))
         bale('check', '-r', 'all', 'x.bale', check=0)
+        bale('check', 'x.bale', check=0)
+        # The checkpoint before the damaged one lies in the same page, and is
+        # kept until there are two newer ones
+        for snapshot in '@one', '@two':
+            bale('image', 'snapshot', 'x.bale', snapshot, check=0)
         run(READER, 'check', 'x.bale', check=0)
 
     def test_rate_limit(self):
