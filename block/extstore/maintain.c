@@ -565,8 +565,10 @@ bool bale_maintain_drain(BaleStore *s)
     bool dying;
 
     pthread_mutex_lock(&s->log_lock);
+    /* A thread that is idle has done what it can: there may be no memory. */
     while (s->maintain_started && !s->maintain_pauses && !store_failed(s) &&
-           maintain_releasing(s)) {
+           maintain_releasing(s) &&
+           (s->maintain_release || !s->maintain_idle)) {
         pthread_cond_wait(&s->log_cond, &s->log_lock);
     }
     dying = s->dying_pages->len > 0;
