@@ -112,6 +112,7 @@ void bale_bs_set_backing(BlockDriverState *bs)
     bale_image_set_backing_read(s->image, backing_read, bs);
     bale_image_set_backing_present(s->image, backing_present);
     bale_image_set_skip_unchanged(s->image, s->skip_unchanged);
+    bale_image_set_salvage(s->image, s->salvage);
 }
 
 /*

@@ -43,6 +43,7 @@ typedef struct BDRVBaleState {
     BaleSpace space;
 
     bool skip_unchanged;
+    bool salvage;
 
     BaleControl control;
 } BDRVBaleState;
@@ -51,7 +52,7 @@ typedef struct BDRVBaleState {
 
 /*
  * Let @s->image, which was just opened, read what lies under @bs; and tell it
- * @s->skip_unchanged.
+ * @s->skip_unchanged and @s->salvage.
  */
 void bale_bs_set_backing(BlockDriverState *bs);
 

@@ -40,6 +40,7 @@
 #define BALE_OPT_CACHE_SIZE          "cache-size"
 #define BALE_OPT_COMPRESSION_THREADS "compression-threads"
 #define BALE_OPT_IMAGE               "image"
+#define BALE_OPT_SALVAGE             "salvage"
 #define BALE_OPT_SKIP_UNCHANGED      "skip-unchanged"
 
 BaleStore *bale_bs_store(BlockDriverState *bs)
@@ -122,6 +123,12 @@ static QemuOptsList bale_runtime_opts = {
                     "(default: the unnamed image)",
         },
         {
+            .name = BALE_OPT_SALVAGE,
+            .type = QEMU_OPT_BOOL,
+            .help = "Read what is left of a store that is marked corrupt, "
+                    "which may be old (default: off)",
+        },
+        {
             .name = BALE_OPT_SKIP_UNCHANGED,
             .type = QEMU_OPT_BOOL,
             .help = "Store no cluster again that is written with what it "
@@ -162,6 +169,7 @@ static int bale_read_options(BDRVBaleState *s, QDict *options, Error **errp)
                                       BALE_CACHE_SIZE_DEFAULT);
     s->skip_unchanged = qemu_opt_get_bool(opts, BALE_OPT_SKIP_UNCHANGED,
                                           false);
+    s->salvage = qemu_opt_get_bool(opts, BALE_OPT_SALVAGE, false);
     if (!bale_space_read_options(&s->space, options, errp)) {
         goto out;
     }
@@ -248,6 +256,13 @@ static int bale_open(BlockDriverState *bs, QDict *options, int flags,
         return ret;
     }
 
+    if (s->shared->corrupt && !s->salvage &&
+        !(flags & (BDRV_O_NO_IO | BDRV_O_CHECK))) {
+        warn_report("bale: '%s': the store is marked corrupt: something was "
+                    "lost that has no name any more. Reads fail, unless "
+                    "'salvage' is on; then they may show older data",
+                    s->node_name);
+    }
     bale_use_backing_names(bs, &info);
     bs->supported_write_flags = BDRV_REQ_FUA;
     bs->supported_zero_flags = BDRV_REQ_FUA | BDRV_REQ_MAY_UNMAP |

@@ -314,6 +314,7 @@ static int export_image(Export *e, BaleStore *store, bool ignore_backing)
             "or old without being named; see 'bale check', or use --salvage");
         return BALE_EXIT_ERROR;
     }
+    bale_image_set_salvage(e->image, e->salvage);
     bale_image_get_info(e->image, info);
     e->size = info->size;
     e->cluster_size = info->cluster_size;

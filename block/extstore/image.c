@@ -339,6 +339,12 @@ int bale_image_status(BaleImage *image, uint64_t offset, uint64_t len,
     if (len == 0 || !bale_image_contains(image, offset, len)) {
         return -EINVAL;
     }
+    if (bale_image_is_doubtful(image)) {
+        /* A hole may be one only by loss: who asks is to read, and fail. */
+        *status = BALE_CLUSTER_DATA;
+        *run = len;
+        return 0;
+    }
     dirty_end = bale_mutable_end(image->mutable_region);
     *status = cluster_status(image, c, dirty_end);
     end = (offset + len + s->cluster_size - 1) >> s->cluster_bits;
@@ -470,6 +476,17 @@ void bale_image_get_info(BaleImage *image, BaleImageInfo *info)
 void bale_image_set_skip_unchanged(BaleImage *image, bool skip)
 {
     __atomic_store_n(&image->skip_unchanged, skip, __ATOMIC_RELAXED);
+}
+
+void bale_image_set_salvage(BaleImage *image, bool salvage)
+{
+    image->salvage = salvage;
+}
+
+bool bale_image_is_doubtful(BaleImage *image)
+{
+    return __atomic_load_n(&image->store->corrupt, __ATOMIC_RELAXED) &&
+           !image->salvage;
 }
 
 void bale_image_set_backing_read(BaleImage *image, BaleBackingRead *read,

@@ -555,9 +555,13 @@ void bale_image_read(BaleImage *image, uint64_t offset,
 {
     BaleStore *s = image->store;
     uint64_t len = bale_iov_len(iov, iovcnt);
-    BaleRequest *req =
-        bale_request_begin(image, REQUEST_READ, offset, len, done, opaque);
+    BaleRequest *req;
 
+    if (bale_image_is_doubtful(image)) {
+        done(opaque, -EIO);
+        return;
+    }
+    req = bale_request_begin(image, REQUEST_READ, offset, len, done, opaque);
     if (!req) {
         return;
     }

@@ -194,6 +194,7 @@ struct BaleImage {
     BaleImageRecord record;  /* under log_lock */
     bool read_only;          /* atomic */
     bool skip_unchanged;     /* atomic */
+    bool salvage;            /* set before requests */
     unsigned openers;        /* under log_lock */
 
     BaleBackingRead *backing_read; /* set before requests */
@@ -623,6 +624,8 @@ bool bale_image_chunk_used(BaleImage *image, uint64_t cluster);
 bool bale_image_find_top(BaleImage *image, uint64_t cluster);
 /* May what the image shows be in a record of layer @id? */
 bool bale_image_shows_layer(BaleImage *image, uint32_t id);
+/* Must reads fail, as the store is marked corrupt? */
+bool bale_image_is_doubtful(BaleImage *image);
 
 /* catalogue.c */
 /* Append @cat's record; in a session, session_lock held.  -EFBIG: too long. */

@@ -425,6 +425,14 @@ void bale_image_set_backing_present(BaleImage *image,
  */
 void bale_image_set_skip_unchanged(BaleImage *image, bool skip);
 
+/*
+ * In a store that is marked corrupt something is lost that has no name any
+ * more: any cluster may have had newer data.  So reads fail with -EIO, and
+ * bale_image_status() calls everything data; with @salvage they show what is
+ * left, which may be old.  Before the first request.
+ */
+void bale_image_set_salvage(BaleImage *image, bool salvage);
+
 typedef enum BaleRequestFlags {
     BALE_FUA     = 1 << 0, /* durable when it completes */
     BALE_DISCARD = 1 << 1, /* zero: where nothing lies under the image, drop

@@ -283,6 +283,7 @@ static void use_image(BaleStore *s, const char *name, unsigned how,
     if (!image) {
         return;
     }
+    bale_image_set_salvage(image, true);
     size = MIN(bale_image_size(image), READ_MAX);
     if (size) {
         bale_image_read_sync(image, 0, buf, size);

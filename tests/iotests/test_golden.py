@@ -79,9 +79,23 @@ class GoldenTest(bale_iotests.TestCase):
             for key in ('backing-file', 'backing-format'):
                 self.assertEqual(image.get(key), want.get(key))
         self.check_both(expect)
+        if expect.get('corrupt'):
+            self.check_doubtful()
         self.check_status('check', expect)
         self.check_status('verify', expect)
         self.assertEqual(digest('x.bale'), before)
+
+    def check_doubtful(self):
+        """QEMU reads a store that is marked corrupt only when told to."""
+        options = 'driver=bale,file.filename=x.bale'
+        for salvage, good in ('off', False), ('on', True):
+            result = run(bale_iotests.BALE, 'run', 'qemu-io', '-r',
+                         '--image-opts', f'{options},salvage={salvage}',
+                         '-c', 'read 0 512')
+            self.assertEqual('Input/output error' not in result.out, good,
+                             str(result))
+            self.assertEqual('marked corrupt' not in result.err, good,
+                             str(result))
 
     def check_both(self, expect):
         """The engine and the reader extract what went in."""

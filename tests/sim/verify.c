@@ -130,10 +130,17 @@ static char *verify_open(World *w, World *v, uint64_t event, unsigned flags,
     bale_store_get_info(v->store, &info);
     if (info.corrupt && (flags & VERIFY_DAMAGE) && v->complaints) {
         /*
-         * Something is lost that has no name any more.  The user was told, and
-         * nothing can be written; what is read may be old.
+         * Something is lost that has no name any more.  The user was told,
+         * nothing can be written, and reads fail unless old data is asked for.
          */
+        uint8_t sector[512];
+
         corrupt_states++;
+        if (bale_image_size(v->image) > 0 &&
+            bale_image_read_sync(v->image, 0, sector, sizeof(sector)) !=
+                -EIO) {
+            return g_strdup("a corrupt store is read");
+        }
         return world_step(v, 'p') ? g_strdup("a corrupt store is written")
                                   : NULL;
     }
