@@ -999,8 +999,9 @@ const uint8_t *bale_log_pin(BaleStore *s, uint64_t address,
     for (guint i = 0; i < s->buffers->len; i++) {
         BaleWriteBuffer *wb = g_ptr_array_index(s->buffers, i);
 
-        if (wb->page == page && offset >= wb->offset &&
-            offset < wb->offset + wb->used) {
+        /* A slow reader may hold a buffer of the page's life before this. */
+        if (wb->page == page && wb->version == bale_page(s, page)->version &&
+            offset >= wb->offset && offset < wb->offset + wb->used) {
             wb->pins++;
             *pinned = wb;
             *avail = wb->offset + wb->used - offset;

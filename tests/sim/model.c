@@ -39,7 +39,10 @@ static void request_done(void *opaque, int ret)
 
     pthread_mutex_lock(&m->lock);
     if (ret < 0) {
-        world_broken(w, "a request failed: %s", g_strerror(-ret));
+        world_broken(w, "%s of %u sectors from %u failed: %s",
+                     (const char *[]){ "write", "zero", "read",
+                                       "flush" }[r->kind],
+                     r->n, r->first, g_strerror(-ret));
     }
     switch (r->kind) {
     case REQUEST_WRITE:

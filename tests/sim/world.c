@@ -313,6 +313,7 @@ static void world_damage(void *opaque, const char *what)
 {
     World *w = opaque;
 
+    world_tell(w, "  damage: %s\n", what);
     g_atomic_int_inc(&w->complaints);
 }
 
@@ -320,6 +321,7 @@ static void world_failed(void *opaque, const char *what)
 {
     World *w = opaque;
 
+    world_tell(w, "  failed: %s\n", what);
     g_atomic_int_inc(&w->failures);
 }
 

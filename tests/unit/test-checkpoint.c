@@ -271,6 +271,49 @@ static void test_pages_reused(void)
     fixture_close(&f);
 }
 
+/*
+ * A slow reader holds a write buffer for so long that its page is given up and
+ * used again: what lies at the same place now is not what the buffer holds.
+ */
+static void test_slow_reader(void)
+{
+    BaleCompactOptions o = { .rate = 0 };
+    g_autoptr(GError) err = NULL;
+    BaleWriteBuffer *pinned = NULL, *again = NULL;
+    uint64_t address, page, offset, version;
+    size_t avail;
+    Fixture f;
+
+    fixture_init(&f, sizeof(f.model));
+    fixture_write(&f, 0, 1, 1);
+    address = bale_value_address(bale_image_find(f.image, 0));
+    g_assert_true(bale_address_split(f.store, address, &page, &offset));
+    pthread_mutex_lock(&f.store->log_lock);
+    g_assert_nonnull(bale_log_pin(f.store, address, &pinned, &avail));
+    pthread_mutex_unlock(&f.store->log_lock);
+    version = pinned->version;
+    for (unsigned i = 0; i < 100 && version == pinned->version; i++) {
+        fixture_write(&f, 0, CLUSTERS, i);
+        fixture_flush(&f);
+        g_assert_true(bale_store_compact(f.store, &o, &err));
+        g_assert_no_error(err);
+        pthread_mutex_lock(&f.store->log_lock);
+        version = bale_page(f.store, page)->version;
+        pthread_mutex_unlock(&f.store->log_lock);
+    }
+    g_assert_cmpuint(version, !=, pinned->version);
+    pthread_mutex_lock(&f.store->log_lock);
+    bale_log_pin(f.store, address, &again, &avail);
+    pthread_mutex_unlock(&f.store->log_lock);
+    g_assert_true(again != pinned);
+    bale_log_unpin(f.store, pinned);
+    if (again) {
+        bale_log_unpin(f.store, again);
+    }
+    check_same(&f);
+    fixture_close(&f);
+}
+
 /* An index of several groups is loaded by several threads. */
 static void test_large_index(void)
 {
@@ -377,6 +420,7 @@ int main(int argc, char **argv)
     g_test_add_func("/checkpoint/damaged", test_damaged);
     g_test_add_func("/checkpoint/damaged-clean", test_damaged_clean);
     g_test_add_func("/checkpoint/pages-reused", test_pages_reused);
+    g_test_add_func("/checkpoint/slow-reader", test_slow_reader);
     g_test_add_func("/checkpoint/large-index", test_large_index);
     g_test_add_func("/checkpoint/close-is-the-end", test_close_is_the_end);
     return g_test_run();
