@@ -101,6 +101,8 @@ static bool compact_choose(BaleStore *s, unsigned percent, uint64_t order,
 
         if (!page_compactable(p) || p->order > order || p->compact_stuck ||
             p->compacting || p->in_flight ||
+            /* ... which dies when the last of its readers leaves */
+            (!p->live_bytes && !p->tombstone_seq) ||
             page_garbage(p) * 100 < p->end * percent) {
             continue;
         }

@@ -999,9 +999,10 @@ const uint8_t *bale_log_pin(BaleStore *s, uint64_t address,
     for (guint i = 0; i < s->buffers->len; i++) {
         BaleWriteBuffer *wb = g_ptr_array_index(s->buffers, i);
 
-        /* A slow reader may hold a buffer of the page's life before this. */
-        if (wb->page == page && wb->version == bale_page(s, page)->version &&
-            offset >= wb->offset && offset < wb->offset + wb->used) {
+        if (wb->page == page && offset >= wb->offset &&
+            offset < wb->offset + wb->used) {
+            /* The page must not begin another life while this is read. */
+            bale_page(s, page)->readers++;
             wb->pins++;
             *pinned = wb;
             *avail = wb->offset + wb->used - offset;
@@ -1016,6 +1017,8 @@ void bale_log_unpin(BaleStore *s, BaleWriteBuffer *wb)
     pthread_mutex_lock(&s->log_lock);
     g_assert(wb->pins > 0);
     wb->pins--;
+    bale_page(s, wb->page)->readers--;
+    bale_page_consider(s, wb->page);
     buffer_recycle(wb);
     pthread_mutex_unlock(&s->log_lock);
 }

@@ -6,8 +6,9 @@
  * decompresses it on the workers, or in the completing thread when it is alone.
  *
  * Invariants:
- *  1. A page is not reused under a device read: the reader is counted, under
- *     log_lock, while the index still points into the page.
+ *  1. A page is not reused under a read, of the device or of a write buffer:
+ *     the reader is counted, under log_lock, while the index still points into
+ *     the page.
  *  2. Nothing that was read reaches the caller before its checksums verified.
  *
  * Threads: any; completions run on the device's, a worker's or the caller's.

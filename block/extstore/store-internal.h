@@ -89,7 +89,7 @@ struct BalePage {
     uint64_t tombstone_seq; /* highest of a drop, a shrinking image; 0 */
     uint64_t free_flush;    /* DEAD, BARRED, MARKED: request to wait for */
     uint32_t in_flight;     /* its write buffers not yet on the device */
-    uint32_t readers;       /* device reads under way */
+    uint32_t readers;       /* reads under way, of device or buffers */
     uint8_t bucket;
     uint8_t state;
     bool compact_stuck;     /* something in it cannot be moved */
