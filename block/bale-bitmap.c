@@ -160,9 +160,9 @@ static int load_one(BlockDriverState *bs, const BaleBitmapInfo *info,
         Error *err = NULL;
 
         usable = bitmaps_run(bs, load_blocking, &c, &err);
-        if (usable) {
-            bdrv_dirty_bitmap_deserialize_finish(bitmap);
-        } else {
+        if (usable && size > 0) {
+            bdrv_dirty_bitmap_deserialize_finish(bitmap); /* asserts a bit */
+        } else if (!usable) {
             error_reportf_err(err, "bale: node '%s': bitmap '%s' cannot be "
                               "used: ", bdrv_get_node_name(bs), info->name);
         }

@@ -496,6 +496,9 @@ static void coroutine_fn seqcache_co_drain_begin(BlockDriverState *bs)
     BDRVSeqcacheState *s = bs->opaque;
 
     s->drains++;
+    if (!s->cache) {
+        return; /* still opening: the child was drained when it was attached */
+    }
     timer_del(s->timer);
     /* Each write-out that ends starts the next, and all are in flight. */
     seqcache_kick(bs, false);

@@ -266,6 +266,17 @@ class BitmapsTest(bale_iotests.TestCase):
             self.assertEqual(node.bitmaps()['b0']['count'], MIB)
             self.assertEqual(node.bitmaps()['b1']['count'], 0)
 
+    def test_of_an_empty_disk(self):
+        """QEMU's bitmaps of no bits assert when they are looked at."""
+        create('e.bale', 0)
+        with Node('e.bale') as node:
+            node.add('a')
+            node.close()
+            node.open()
+            self.assertFalse(node.bitmaps()['a'].get('inconsistent', False))
+            node.do('remove', 'a')
+        check('e.bale')
+
     def test_snapshots(self):
         """They belong to the image; a rollback needs them gone."""
         bitmap(self.image, '--add', 'b0')

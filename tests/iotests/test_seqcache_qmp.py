@@ -271,6 +271,26 @@ class BlockdevTest(Base):
             qmp('blockdev-del', node_name='c')
             qmp('blockdev-del', node_name='f')
 
+    def test_add_over_a_drained_node(self):
+        """The filter is drained with the node below it before it is open."""
+        with Qmp(*DAEMON) as qmp:
+            for node in ('below', 'copy'):
+                qmp('blockdev-add', driver='null-co', node_name=node,
+                    size=MIB, read_zeroes=True)
+            # Drained between its completion and its finalization
+            qmp('blockdev-mirror', job_id='j', device='below', target='copy',
+                sync='full', auto_finalize=False)
+            qmp.wait_event('BLOCK_JOB_READY')
+            qmp('block-job-complete', device='j')
+            qmp.wait_event('BLOCK_JOB_PENDING')
+            qmp('blockdev-add', driver='seqcache', node_name='c', file='below',
+                read_only=True)
+            qmp('job-finalize', id='j')
+            qmp.wait_event('BLOCK_JOB_COMPLETED')
+            self.assertEqual(
+                qmp('query-seqcache', node_name='c')[0]['bytes-dirty'], 0)
+            qmp('blockdev-del', node_name='c')
+
     def test_bad_options_are_refused(self):
         for name, command, _ in self.each():
             with self.subTest(name), Qmp(*command) as qmp:
