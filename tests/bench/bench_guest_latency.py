@@ -11,7 +11,8 @@ places of a disk, 200 times a second, and each write is timed. Rows:
   +seqcache        a seqcache in front of that, with room for what is copied
   fleecing         a copy-before-write filter over the disk, into a local bale
                    layer; the backup job reads the snapshot and writes to the
-                   target of 20 MB/s
+                   target of 20 MB/s (QEMU 7.2 gives it wrong data unless it is
+                   gentle: see docs/backup.md)
   gently           the job has one request of 64 KiB under way and at most 100
                    MB/s; with a seqcache it is finalized when that is empty
 

@@ -9,6 +9,13 @@ from bale_backup import DAEMON, SYSTEM, Disk, KIB, MIB, Machine, layer, same
 from bale_images import check
 from bale_iotests import qemu_img
 
+# What copy-before-write copies at once. QEMU before 8.0 takes areas for not
+# copied when a request goes beyond the copied part, and then says of their
+# block status what the guest's disk has now: a pull loses what the guest has
+# overwritten with zeroes (hbitmap_status(), QEMU's commit a4d5224c2cb6). A
+# request within one such cluster gets the right answer.
+CLUSTER = 64 * KIB
+
 
 class PullTest(bale_iotests.TestCase):
 
@@ -52,6 +59,16 @@ class PullTest(bale_iotests.TestCase):
                    node_name='access', file='cbw')
         return vm.export('access', 'then')
 
+    def same_piece(self, vm, raw, start):
+        """One cluster of the export, through NBD."""
+        options = (f'driver=raw,offset={start},size={CLUSTER},'
+                   'file.driver=nbd,file.export=then,file.server.type=unix,'
+                   f'file.server.path={vm.path}.nbd')
+        qemu_img('convert', '--image-opts', '-O', 'raw', options, 'part.raw')
+        with open(raw, 'rb') as file, open('part.raw', 'rb') as part:
+            file.seek(start)
+            self.assertEqual(part.read(), file.read(CLUSTER), start)
+
     def end_fleece(self, vm):
         vm.unexport('access')
         vm.delete('access')
@@ -59,18 +76,30 @@ class PullTest(bale_iotests.TestCase):
         vm.delete('cbw', 'fleece')
 
     def test_the_new_way_a_filter_and_its_snapshot(self):
+        """A job fetches it, piece by piece: see CLUSTER."""
         disk = Disk(self, 'd')
         with Machine(DAEMON, disk) as vm:
             raw = disk.freeze('then')
-            url = self.fleece(vm, disk)
-            vm.write(disk, disk.change(60))
-            qemu_img('convert', '-f', 'raw', '-O', 'bale', url, 'pulled.bale')
-            vm.write(disk, disk.change(60))
-            qemu_img('compare', '-q', '-f', 'raw', '-F', 'raw', raw, url)
+            self.fleece(vm, disk)
+            for pulled in ('pulled.bale', 'again.bale'):
+                vm.write(disk, disk.change(60))
+                layer(pulled, disk.size)
+                vm.add_target('pulled', pulled)
+                vm.command('blockdev-backup', job_id='j', device='access',
+                           target='pulled', sync='full', speed=8 * MIB,
+                           x_perf={'max-workers': 4, 'max-chunk': CLUSTER})
+                vm.write(disk, disk.change(30))
+                vm.hurry('j')
+                self.assertEqual(vm.end_of('j'), '')
+                vm.delete('pulled')
+            for _ in range(8):
+                start = self.random.randrange(disk.size // CLUSTER) * CLUSTER
+                self.same_piece(vm, raw, start)
             self.end_fleece(vm)
         check('fleece.bale')
-        check('pulled.bale')
-        same(raw, 'pulled.bale')
+        for pulled in ('pulled.bale', 'again.bale'):
+            check(pulled)
+            same(raw, pulled)
         qemu_img('compare', '-q', '-f', 'raw', '-F', 'qcow2',
                  disk.freeze('now'), disk.file)
 
@@ -81,24 +110,15 @@ class PullTest(bale_iotests.TestCase):
             vm.command('block-dirty-bitmap-add', node='d', name='b',
                        granularity=64 * KIB)
             commands = disk.change(10)
-            changed = [int(command.split()[-2]) // 65536 * 65536
+            changed = [int(command.split()[-2]) // CLUSTER * CLUSTER
                        for command in commands]
             vm.write(disk, commands)
             vm.command('block-dirty-bitmap-disable', node='d', name='b')
             raw = disk.freeze('then')
             url = self.fleece(vm, disk, bitmap={'node': 'd', 'name': 'b'})
             vm.write(disk, disk.change(60))
-            with open(raw, 'rb') as file:
-                for start in changed:
-                    options = (f'driver=raw,offset={start},size=65536,'
-                               'file.driver=nbd,file.export=then,'
-                               'file.server.type=unix,'
-                               f'file.server.path={vm.path}.nbd')
-                    qemu_img('convert', '--image-opts', '-O', 'raw', options,
-                             'part.raw')
-                    file.seek(start)
-                    with open('part.raw', 'rb') as part:
-                        self.assertEqual(part.read(), file.read(65536), start)
+            for start in changed:
+                self.same_piece(vm, raw, start)
             # And the rest of that moment is refused, not made up
             self.assertNotEqual(qemu_img('convert', '-f', 'raw', '-O', 'raw',
                                          url, 'all.raw', check=None).status, 0)
