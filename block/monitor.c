@@ -188,6 +188,26 @@ static QObject *replace_nodes(QObject *object, bool all,
     return qobject_ref(object);
 }
 
+/*
+ * What our schema cannot say of a child, 'any' to it: it is a node's name or a
+ * definition, null at most for @null_ok. QEMU's reopening aborts on others.
+ */
+static bool check_child(const QDict *options, const char *name, bool null_ok,
+                        Error **errp)
+{
+    QObject *child = qdict_get(options, name);
+    const QDict *dict = qobject_to(QDict, child);
+
+    if (!child || (dict && qdict_haskey(dict, "driver")) ||
+        qobject_to(QString, child) ||
+        (null_ok && qobject_type(child) == QTYPE_QNULL)) {
+        return true;
+    }
+    error_setg(errp, "Invalid parameter type for '%s', expected: a node's name "
+                     "or definition with a 'driver'", name);
+    return false;
+}
+
 /* Check the definition of a node and of all nodes in it. */
 static bool check_node(QDict *options, bool from_command_line, unsigned depth,
                        Error **errp)
@@ -200,6 +220,10 @@ static bool check_node(QDict *options, bool from_command_line, unsigned depth,
 
     if (depth > MAX_NESTING) {
         error_setg(errp, "Nodes are nested too deeply");
+        return false;
+    }
+    if (driver && (!check_child(options, "file", false, errp) ||
+                   !check_child(options, "backing", true, errp))) {
         return false;
     }
     for (entry = qdict_first(options); entry;

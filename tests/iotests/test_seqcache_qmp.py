@@ -291,6 +291,15 @@ class BlockdevTest(Base):
                 qmp('query-seqcache', node_name='c')[0]['bytes-dirty'], 0)
             qmp('blockdev-del', node_name='c')
 
+    def test_reopening_with_no_node_as_child(self):
+        """QEMU aborts when something else comes so far."""
+        with Qmp(*DAEMON) as qmp:
+            qmp('blockdev-add', driver='seqcache', node_name='c',
+                file={'driver': 'null-co', 'size': MIB})
+            for bad in (1 << 31, 0.5, True, None, {}, [], ['c'], {'file': 5}):
+                self.assertIn("'file'", qmp.fails('blockdev-reopen', options=[
+                    {'driver': 'seqcache', 'node-name': 'c', 'file': bad}]))
+
     def test_bad_options_are_refused(self):
         for name, command, _ in self.each():
             with self.subTest(name), Qmp(*command) as qmp:
