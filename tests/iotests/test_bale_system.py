@@ -10,8 +10,8 @@ import threading
 import time
 
 import bale_iotests
-from bale_images import (KIB, MIB, check, compare, create, io, make_raw,
-                         sha256)
+from bale_images import (KIB, MIB, check, check_killed, compare, create, io,
+                         make_raw, sha256)
 from bale_iotests import BALE, LONG, Background, qemu_img, qemu_io, run, \
     wait_until
 from bale_qmp import Qemu
@@ -507,7 +507,7 @@ class KillTest(bale_iotests.TestCase):
                            os.stat('t.bale').st_size > 2 * MIB, 'a store')
                 time.sleep(self.random.random() * 0.4)
                 command.kill()
-                check('t.bale')
+                check_killed('t.bale')
                 qemu_img('convert', '-f', 'bale', '-O', 'raw', 't.bale',
                          'out.raw')
                 with open(raw, 'rb') as one, open('out.raw', 'rb') as other:
@@ -531,7 +531,7 @@ class KillTest(bale_iotests.TestCase):
                 io('t.bale', *[f'write -z {i * 3}M 3M'
                                for i in range(written)])
                 run(BALE, 'run', 'qemu-io', '-f', 'bale', *words, 't.bale')
-                check('t.bale')
+                check_killed('t.bale')
                 reads = []
                 for i in range(written):
                     size = words[2 * i + 1].split()[-1]
