@@ -475,11 +475,13 @@ static void test_others_go_on_beside_a_command(void)
     g_assert_no_error(err);
     g_assert_cmpuint(stats(&f)->checkpoints, >, before);
     g_assert_true(stats(&f)->compact_running);
-    /* More than there is room for without compaction. */
+    /*
+     * More than there is room for if nothing is given back; whether somebody
+     * has to wait for that depends on the order of threads.
+     */
     for (unsigned i = 0; i < 400; i++) {
         g_assert_cmpint(write_cluster(&f, 1 + 2 * (i % 65)), ==, 0);
     }
-    g_assert_cmpuint(stats(&f)->space_waits, >, 0);
     /* One that must have the store for itself goes on as well. */
     g_assert_true(bale_store_checkpoint(f.store, &err));
     g_assert_no_error(err);
