@@ -93,6 +93,7 @@ struct BaleBdrvDevice {
     QSIMPLEQ_HEAD(, DeviceOp) queue;
     bool scheduled;  /* a bottom half is on its way in ctx */
     bool read_only;
+    bool looped;     /* the store lies on a node that shows what is in it */
     unsigned drained;
     unsigned busy;
     unsigned in_flight; /* coroutines that run */
@@ -188,6 +189,9 @@ static int coroutine_fn device_co_run(BaleBdrvDevice *d, DeviceOpKind kind,
 
     if (!child->bs->drv) {
         return -ENOMEDIUM;
+    }
+    if (d->looped) {
+        return -ELOOP;
     }
     if (kind != DEVICE_GET) {
         ret = kind == DEVICE_FLUSH ? 0 : device_check_writable(child);
@@ -564,6 +568,35 @@ static void child_drained_end(BdrvChild *child, int *drained_end_counter)
     device_schedule_locked(d);
 }
 
+static bool node_reaches(BlockDriverState *from, GPtrArray *nodes)
+{
+    BdrvChild *c;
+
+    if (g_ptr_array_find(nodes, from, NULL)) {
+        return true;
+    }
+    QLIST_FOREACH(c, &from->children, next) {
+        if (node_reaches(c->bs, nodes)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/*
+ * QEMU moves the parents of a node that it replaces, unless that made a loop;
+ * but it cannot see that we belong to our owners.  (A snapshot or a mirror of
+ * the node with the store into one of the store's own images.)  Requests would
+ * wait for themselves; they fail instead.
+ */
+static void child_attach(BdrvChild *child)
+{
+    BaleBdrvDevice *d = child->opaque;
+
+    QEMU_LOCK_GUARD(&d->lock);
+    d->looped = node_reaches(child->bs, d->owners);
+}
+
 static void child_activate(BdrvChild *child, Error **errp)
 {
     BaleBdrvDevice *d = child->opaque;
@@ -625,6 +658,7 @@ static const BdrvChildClass child_of_store = {
     .drained_begin = child_drained_begin,
     .drained_poll = child_drained_poll,
     .drained_end = child_drained_end,
+    .attach = child_attach,
     .activate = child_activate,
     .inactivate = child_inactivate,
     .get_parent_aio_context = child_get_parent_aio_context,
