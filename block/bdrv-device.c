@@ -583,11 +583,27 @@ static bool node_reaches(BlockDriverState *from, GPtrArray *nodes)
     return false;
 }
 
+/* Go back to where the owners' own children are. */
+static void leave_loop_bh(void *opaque)
+{
+    BaleBdrvDevice *d = opaque;
+    Error *err = NULL;
+
+    if (d->child && d->looped && d->owners->len) {
+        BlockDriverState *owner = g_ptr_array_index(d->owners, 0);
+
+        if (bdrv_replace_child_bs(d->child, owner->file->bs, &err) < 0) {
+            error_report_err(err);
+        }
+    }
+    device_unref(d);
+}
+
 /*
  * QEMU moves the parents of a node that it replaces, unless that made a loop;
  * but it cannot see that we belong to our owners.  (A snapshot or a mirror of
  * the node with the store into one of the store's own images.)  Requests would
- * wait for themselves; they fail instead.
+ * wait for themselves; until we are back they fail.
  */
 static void child_attach(BdrvChild *child)
 {
@@ -595,6 +611,10 @@ static void child_attach(BdrvChild *child)
 
     QEMU_LOCK_GUARD(&d->lock);
     d->looped = node_reaches(child->bs, d->owners);
+    if (d->looped) {
+        device_ref(d);
+        aio_bh_schedule_oneshot(qemu_get_aio_context(), leave_loop_bh, d);
+    }
 }
 
 static void child_activate(BdrvChild *child, Error **errp)
@@ -754,6 +774,7 @@ void bale_bdrv_device_unref(BaleBdrvDevice *d)
         return;
     }
     bdrv_root_unref_child(d->child);
+    d->child = NULL;
     /* A late bottom half must find nothing to do. */
     WITH_QEMU_LOCK_GUARD(&d->lock) {
         assert(d->in_flight == 0);
