@@ -398,8 +398,11 @@ void bale_image_follow(BaleImage *image, const BaleCatalogue *cat)
         return; /* being deleted */
     }
     image_fill_record(&image->record, cat, e, layer);
-    image->codec = e->codec;
-    image->level = e->level;
+    /* They do not change after the first time; write-outs look at them. */
+    if (image->codec != e->codec || image->level != e->level) {
+        image->codec = e->codec;
+        image->level = e->level;
+    }
     __atomic_store_n(&image->read_only, e->read_only || image->snapshot,
                      __ATOMIC_RELEASE);
     __atomic_store_n(&image->top, bale_layer_get(s, layer),
