@@ -38,7 +38,8 @@ static void patches_resumed(BaleStore **s)
     __attribute__((cleanup(patches_resumed), unused)) BaleStore *paused_ =   \
         patches_paused(s)
 
-static bool admin_error(GError **errp, int ret, const char *what)
+bool bale_admin_error(GError **errp, int ret, const char *what,
+                      const char *too_many)
 {
     g_set_error(errp, BALE_STORE_ERROR,
                 ret == -ENOSPC   ? BALE_STORE_ERROR_NO_SPACE
@@ -47,10 +48,15 @@ static bool admin_error(GError **errp, int ret, const char *what)
                 : ret == -EFBIG  ? BALE_STORE_ERROR_INVALID
                                  : BALE_STORE_ERROR_IO,
                 "%s: %s", what,
-                ret == -EFBIG ? "there are too many images, snapshots or "
-                                "layers in this store"
-                              : g_strerror(-ret));
+                ret == -EFBIG ? too_many : g_strerror(-ret));
     return false;
+}
+
+static bool admin_error(GError **errp, int ret, const char *what)
+{
+    return bale_admin_error(errp, ret, what,
+                            "there are too many images, snapshots or layers "
+                            "in this store");
 }
 
 static bool admin_invalid(GError **errp, const char *fmt, ...)

@@ -30,17 +30,9 @@
 
 static bool bitmap_error(GError **errp, int ret, const char *what)
 {
-    g_set_error(errp, BALE_STORE_ERROR,
-                ret == -ENOSPC   ? BALE_STORE_ERROR_NO_SPACE
-                : ret == -ENOMEM ? BALE_STORE_ERROR_NO_MEMORY
-                : ret == -EROFS  ? BALE_STORE_ERROR_READ_ONLY
-                : ret == -EFBIG  ? BALE_STORE_ERROR_INVALID
-                                 : BALE_STORE_ERROR_IO,
-                "%s: %s", what,
-                ret == -EFBIG ? "this store has no room for the names of so "
-                                "many bitmaps"
-                              : g_strerror(-ret));
-    return false;
+    return bale_admin_error(errp, ret, what,
+                            "this store has no room for the names of so many "
+                            "bitmaps");
 }
 
 static bool bitmap_invalid(GError **errp, const char *name, const char *why)

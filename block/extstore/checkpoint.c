@@ -54,7 +54,7 @@
 /* Marks tried while pages are opened at the same time. */
 #define MARK_ATTEMPTS_MAX 8
 
-static bool super_error(GError **errp, int ret, const char *what)
+bool bale_checkpoint_error(GError **errp, int ret, const char *what)
 {
     g_set_error(errp, BALE_STORE_ERROR,
                 ret == -ENOSPC   ? BALE_STORE_ERROR_NO_SPACE
@@ -600,7 +600,7 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
     if (ret < 0) {
         writer_give_up(&w);
         writer_destroy(&w);
-        return super_error(errp, ret, "writing a checkpoint");
+        return bale_checkpoint_error(errp, ret, "writing a checkpoint");
     }
 
     writer_name(&w, &root);
@@ -629,7 +629,8 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
         writer_doubt(&w);
     }
     writer_destroy(&w);
-    return ret == 0 || super_error(errp, ret, "writing the superblocks");
+    return ret == 0 ||
+           bale_checkpoint_error(errp, ret, "writing the superblocks");
 }
 
 /* --- while the store is in use --- */

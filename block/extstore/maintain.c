@@ -312,11 +312,7 @@ bool bale_store_checkpoint_running(BaleStore *s, GError **errp)
     }
     pthread_mutex_unlock(&s->log_lock);
     if (ret < 0) {
-        g_set_error(errp, BALE_STORE_ERROR,
-                    ret == -ENOSPC   ? BALE_STORE_ERROR_NO_SPACE
-                    : ret == -ENOMEM ? BALE_STORE_ERROR_NO_MEMORY
-                                     : BALE_STORE_ERROR_IO,
-                    "writing a checkpoint: %s", g_strerror(-ret));
+        bale_checkpoint_error(errp, ret, "writing a checkpoint");
     }
     return ret == 0;
 }

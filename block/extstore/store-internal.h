@@ -852,4 +852,13 @@ void bale_cache_get_stats(BaleCache *cache, BaleStoreStats *stats);
 /* Clusters read ahead that were asked for, or dropped unread, so far. */
 void bale_cache_ahead(BaleCache *cache, uint64_t *used, uint64_t *wasted);
 
+/* Say that @what failed with @ret.  False. */
+bool bale_checkpoint_error(GError **errp, int ret, const char *what);
+
+/* --- admin.c --- */
+
+/* Say that @what failed with @ret; @too_many is what -EFBIG means.  False. */
+bool bale_admin_error(GError **errp, int ret, const char *what,
+                      const char *too_many);
+
 #endif
