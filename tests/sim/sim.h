@@ -145,6 +145,7 @@ typedef struct World {
     Oracle *oracle;
     uint32_t next_value;
     uint8_t *buf;       /* max_sectors long */
+    GMutex story_lock;  /* while a step runs, the store's threads tell, too */
     GString *story;     /* NULL: nobody wants it */
     unsigned workers;
     bool doubtful;      /* reopened after a failure and not written since: a

@@ -286,14 +286,17 @@ void world_free(World *w)
 
 static void world_tell(World *w, const char *fmt, ...) G_GNUC_PRINTF(2, 3);
 
+/* The store's own threads tell of failures and damage while a step runs. */
 static void world_tell(World *w, const char *fmt, ...)
 {
     va_list ap;
 
     if (w->story) {
+        g_mutex_lock(&w->story_lock);
         va_start(ap, fmt);
         g_string_append_vprintf(w->story, fmt, ap);
         va_end(ap);
+        g_mutex_unlock(&w->story_lock);
     }
 }
 
