@@ -45,6 +45,8 @@ BlockDriverState *bale_bs_of_image(BlockDriverState *bs, const char *name);
 void bale_bs_set_cache_size(BlockDriverState *bs, uint64_t bytes);
 /* What the store keeps to as long as it is open. */
 BaleSpace *bale_bs_space(BlockDriverState *bs);
+/* Is it a number of compression threads?  False with @errp set if not. */
+bool bale_workers_check(uint64_t workers, Error **errp);
 /* Compression threads; 0: one for each core. */
 int bale_bs_set_workers(BlockDriverState *bs, unsigned workers, Error **errp);
 

@@ -114,8 +114,11 @@ static bool coroutine_fn set_max_size(BlockDriverState *bs, uint64_t bytes,
 void coroutine_fn qmp_bale_set(const char *node_name, bool has_cache_size,
                                uint64_t cache_size, bool has_compact,
                                bool compact, bool has_compact_rate,
-                               uint64_t compact_rate, bool has_max_size,
-                               uint64_t max_size, bool has_space_threshold,
+                               uint64_t compact_rate,
+                               bool has_compression_threads,
+                               uint32_t compression_threads,
+                               bool has_max_size, uint64_t max_size,
+                               bool has_space_threshold,
                                uint64_t space_threshold, bool has_speed,
                                uint64_t speed, Error **errp)
 {
@@ -123,7 +126,14 @@ void coroutine_fn qmp_bale_set(const char *node_name, bool has_cache_size,
     BaleSpace *space;
     AioContext *ctx;
 
-    if (!bs || (has_max_size && !set_max_size(bs, max_size, errp))) {
+    if (!bs) {
+        return;
+    }
+    if (has_compression_threads &&
+        !bale_workers_check(compression_threads, errp)) {
+        return;
+    }
+    if (has_max_size && !set_max_size(bs, max_size, errp)) {
         return;
     }
     if (has_max_size) {
@@ -150,6 +160,9 @@ void coroutine_fn qmp_bale_set(const char *node_name, bool has_cache_size,
     }
     if (has_space_threshold) {
         bale_control_set_space_threshold(bs, space_threshold);
+    }
+    if (has_compression_threads) {
+        bale_bs_set_workers(bs, compression_threads, errp);
     }
     aio_context_release(ctx);
 }

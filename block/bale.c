@@ -138,15 +138,23 @@ static QemuOptsList bale_runtime_opts = {
     },
 };
 
+bool bale_workers_check(uint64_t workers, Error **errp)
+{
+    if (workers > BALE_WORKERS_MAX) {
+        error_setg(errp, "'%s' must be between 1 and %u, or 0 for one for "
+                   "each core", BALE_OPT_COMPRESSION_THREADS,
+                   BALE_WORKERS_MAX);
+        return false;
+    }
+    return true;
+}
+
 /* Takes compression-threads from @opts. */
 static bool read_workers(QemuOpts *opts, unsigned *workers, Error **errp)
 {
     uint64_t n = qemu_opt_get_number(opts, BALE_OPT_COMPRESSION_THREADS, 0);
 
-    if (n > BALE_WORKERS_MAX) {
-        error_setg(errp, "'%s' must be between 1 and %u, or 0 for one for "
-                   "each core", BALE_OPT_COMPRESSION_THREADS,
-                   BALE_WORKERS_MAX);
+    if (!bale_workers_check(n, errp)) {
         return false;
     }
     *workers = n;

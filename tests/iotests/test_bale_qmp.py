@@ -199,7 +199,7 @@ class QueryTest(Base):
 
     def test_the_number_of_threads_changes_while_open(self):
         create('a.bale', 4 * MIB)
-        with Qemu(DAEMON) as qemu:
+        with Qemu(SYSTEM) as qemu:
             self.add(qemu)
 
             def threads(number):
@@ -212,6 +212,25 @@ class QueryTest(Base):
                 self.assertEqual(info['stats']['workers'], number)
             self.assertIn('256', self.fails(qemu, 'blockdev-reopen',
                                             **threads(257)))
+            for number in (2, 4, 1):
+                qemu.command('bale-set', node_name='a',
+                             compression_threads=number)
+                info, = qemu.command('query-bale', node_name='a')
+                self.assertEqual(info['stats']['workers'], number)
+                self.io(qemu, f'write -P {number} 0 1M',
+                        f'read -P {number} 0 1M')
+            # One for each core, as when the node is opened without
+            qemu.command('bale-set', node_name='a', compression_threads=0)
+            info, = qemu.command('query-bale', node_name='a')
+            cores = info['stats']['workers']
+            self.assertGreater(cores, 0)
+            # Too many: nothing else changes either
+            self.assertIn('256', self.fails(
+                qemu, 'bale-set', node_name='a', compression_threads=257,
+                max_size=64 * MIB, speed=MIB))
+            info, = qemu.command('query-bale', node_name='a')
+            self.assertEqual([info['stats']['workers'], info['speed'],
+                              info['store']['max-size']], [cores, 0, 0])
         check('a.bale')
 
 

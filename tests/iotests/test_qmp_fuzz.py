@@ -223,7 +223,8 @@ class Fuzzer:
             *[lambda: (rng.choice(OUR_COMMANDS), {'node-name': node()})] * 3,
             lambda: ('bale-set', {'node-name': node(), **self.some(
                 0.5, speed=self.size, space_threshold=self.size,
-                cache_size=self.size)}),
+                cache_size=self.size,
+                compression_threads=lambda: rng.choice([0, 1, 3, 257]))}),
             *[lambda: (rng.choice(['bale-compact', 'bale-verify']),
                        self.our_job())] * 3,
             *[lambda: (rng.choice([n for n in OUR_COMMANDS if 'image' in n]),
