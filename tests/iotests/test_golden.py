@@ -14,6 +14,7 @@ import os
 import bale_iotests
 from bale_forge import reader
 from bale_iotests import bale, run
+from bale_qmp import Qemu
 
 IMAGES = os.path.join(bale_iotests.TOP, 'tests/images')
 READER = os.path.join(bale_iotests.TOP, 'scripts/bale-reader.py')
@@ -79,6 +80,7 @@ class GoldenTest(bale_iotests.TestCase):
             for key in ('backing-file', 'backing-format'):
                 self.assertEqual(image.get(key), want.get(key))
         self.check_both(expect)
+        self.check_bitmaps(expect)
         if expect.get('corrupt'):
             self.check_doubtful()
         self.check_status('check', expect)
@@ -112,6 +114,50 @@ class GoldenTest(bale_iotests.TestCase):
             self.check_extract(expect, [READER, 'extract', '--image'],
                                statuses, '--by', way)
 
+    def check_bitmaps(self, expect):
+        """QEMU, the engine and the reader know the same bitmaps, and the
+        same bits of those that can be trusted."""
+        for image, want in expect.get('bitmaps', {}).items():
+            listed = bale('info', '--json', '-i', image, 'x.bale', check=0)
+            found = json.loads(listed.out)['images'][0]['bitmaps']
+            self.assertEqual(
+                {b['name']: (b['granularity'], b['enabled'],
+                             not b['inconsistent']) for b in found},
+                {name: (b['granularity'], b['enabled'], 'bits' in b)
+                 for name, b in want.items()})
+            found = json.loads(run(READER, 'info', '--json', 'x.bale',
+                                   check=0).out)
+            found, = [i for i in found['images'] if i['name'] == image]
+            self.assertEqual(
+                {b['name']: (b['granularity'], b['enabled'],
+                             not b['in-use']) for b in found['bitmaps']},
+                {name: (b['granularity'], b['enabled'], 'bits' in b)
+                 for name, b in want.items()})
+            for name, b in want.items():
+                result = run(READER, 'extract', '--image', image, '--bitmap',
+                             name, 'x.bale', 'out.bits', check=0)
+                self.assertEqual('not to be trusted' in result.err,
+                                 'bits' not in b, str(result))
+                if 'bits' in b:
+                    self.assertEqual(digest('out.bits'), b['bits'], name)
+            with Qemu('qemu-storage-daemon') as vm:
+                vm.command('blockdev-add', driver='bale', node_name='n',
+                           image=image, read_only=True,
+                           file={'driver': 'file', 'filename': 'x.bale'})
+                node, = [n for n in vm.command('query-named-block-nodes')
+                         if n['node-name'] == 'n']
+                self.assertEqual(
+                    {b['name']: (b['granularity'],
+                                 not b.get('inconsistent', False))
+                     for b in node['dirty-bitmaps']},
+                    {name: (b['granularity'], 'bits' in b)
+                     for name, b in want.items()})
+                for name, b in want.items():
+                    if 'bits' in b:
+                        self.assertEqual(vm.command(
+                            'x-debug-block-dirty-bitmap-sha256', node='n',
+                            name=name)['sha256'], b['bits'], name)
+
     def ways(self):
         """Checkpoints of the store that are intact."""
         ways = reader.Store('x.bale').ways()[1:]
@@ -126,6 +172,7 @@ class GoldenTest(bale_iotests.TestCase):
         """After a repair, or just a session, everything is as before."""
         bale('check', '-r', 'all', 'x.bale')
         self.check_both(expect)
+        self.check_bitmaps(expect)
 
 
 def add(name, expect):
