@@ -251,7 +251,7 @@ int coroutine_fn bale_co_check(BlockDriverState *bs,
 
     leaks = c.result.leaked_pages;
     corruptions = c.result.damaged + c.result.wrong_counters +
-                  c.result.bad_superblocks;
+                  c.result.bad_superblocks + c.result.corrupt;
     if (fix) {
         uint64_t fixed = MIN(c.result.fixed, leaks + corruptions);
         uint64_t leaks_fixed = MIN(fixed, leaks);

@@ -278,8 +278,13 @@ static int job_verify_result(BaleJob *j, Error **errp)
 
     qapi_event_send_bale_verify_completed(
         j->common.id, bdrv_get_node_name(j->bs), j->result.checked_records,
-        j->result.checked_bytes, j->result.damaged, j->result.bad_superblocks,
-        j->result.wrong_counters, j->result.leaked_pages, j->findings);
+        j->result.checked_bytes, j->result.corrupt, j->result.damaged,
+        j->result.bad_superblocks, j->result.wrong_counters,
+        j->result.leaked_pages, j->findings);
+    if (j->result.corrupt && !bad) {
+        error_setg(errp, "The store is marked corrupt");
+        return -EIO;
+    }
     if (bad) {
         error_setg(errp, "The store has %" PRIu64 " damaged records, %" PRIu64
                    " damaged superblocks and %" PRIu64 " wrong counters",

@@ -58,6 +58,7 @@ static void print_result_json(const Check *c, const BaleCheckResult *r)
 
     json_builder_begin_object(b);
     bale_tool_json_string(b, "filename", c->path);
+    bale_tool_json_bool(b, "corrupt", r->corrupt);
     bale_tool_json_uint(b, "damaged", r->damaged);
     bale_tool_json_uint(b, "leaked-pages", r->leaked_pages);
     bale_tool_json_uint(b, "wrong-counters", r->wrong_counters);
@@ -90,6 +91,9 @@ static void print_result_text(const BaleCheckResult *r, bool data)
 {
     g_autofree char *bytes = bale_tool_size_string(r->checked_bytes);
 
+    if (r->corrupt) {
+        printf("The store is marked corrupt: reads are refused.\n");
+    }
     print_count(r->damaged, "records are damaged: what they held reads as "
                             "an error");
     print_count(r->bad_superblocks, "superblock copies are damaged");
@@ -97,7 +101,7 @@ static void print_result_text(const BaleCheckResult *r, bool data)
     print_count(r->wrong_counters, "counters are wrong");
     print_count(r->fixed, "problems were repaired");
     if (!r->damaged && !r->bad_superblocks && !r->leaked_pages &&
-        !r->wrong_counters) {
+        !r->wrong_counters && !r->corrupt) {
         printf("No errors were found.\n");
     }
     printf("%" G_GUINT64_FORMAT " of %" G_GUINT64_FORMAT
@@ -109,9 +113,9 @@ static void print_result_text(const BaleCheckResult *r, bool data)
     }
 }
 
-static int result_status(const BaleCheckResult *r, bool corrupt)
+static int result_status(const BaleCheckResult *r)
 {
-    if (r->damaged || r->bad_superblocks || corrupt) {
+    if (r->damaged || r->bad_superblocks || r->corrupt) {
         return BALE_EXIT_DAMAGE;
     }
     if (r->leaked_pages || r->wrong_counters) {
@@ -124,7 +128,6 @@ static int result_status(const BaleCheckResult *r, bool corrupt)
 static int check_store(Check *c, BaleStore *store, unsigned flags)
 {
     g_autoptr(GError) error = NULL;
-    g_autofree BaleStoreInfo *info = g_new0(BaleStoreInfo, 1);
     BaleCheckResult result = { 0 };
     uint64_t fixed = 0;
     bool ok;
@@ -146,17 +149,13 @@ static int check_store(Check *c, BaleStore *store, unsigned flags)
         g_ptr_array_unref(c->findings);
         return bale_tool_file_error(c->name, c->path, error->message);
     }
-    bale_store_get_info(store, info);
-    if (info->corrupt) {
-        check_report(c, "the store is marked corrupt", 0, 0);
-    }
     if (c->json) {
         print_result_json(c, &result);
     } else {
         print_result_text(&result, flags & BALE_CHECK_DATA);
     }
     g_ptr_array_unref(c->findings);
-    return result_status(&result, info->corrupt);
+    return result_status(&result);
 }
 
 static int check_open(Check *c, unsigned flags)

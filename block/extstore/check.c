@@ -214,6 +214,9 @@ static BaleImage *check_open_layer(Check *c, uint32_t id, GError **errp)
     }
     if (image) {
         image->own_only = true;
+        /* What a corrupt store refuses to show is one finding; which records
+         * are damaged is others. */
+        image->salvage = true;
         __atomic_add_fetch(&layer->refs, 1, __ATOMIC_RELAXED);
         check_name_layer(s, id, image->record.name,
                          sizeof(image->record.name));
@@ -418,8 +421,9 @@ bool bale_store_check(BaleStore *s, unsigned flags, BaleCheckReport *report,
                       s->super.checkpoint.address);
     }
     if (s->corrupt) {
-        check_finding(&c, "the store is corrupt: there may be clusters that "
-                      "show older data, or none");
+        check_finding(&c, "the store is marked corrupt: there may be clusters "
+                      "that show older data, or none");
+        result->corrupt = true;
     }
     if (flags & BALE_CHECK_FIX_ALL) {
         check_repair(&c);

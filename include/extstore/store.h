@@ -631,6 +631,7 @@ typedef struct BaleCheckResult {
     uint64_t clusters_total, clusters_allocated, clusters_compressed;
     uint64_t checked_records, checked_bytes;
     uint64_t end_offset;       /* one past the last byte in use */
+    bool corrupt;              /* marked so, before any repair */
 } BaleCheckResult;
 
 /*

@@ -83,6 +83,7 @@ class GoldenTest(bale_iotests.TestCase):
         self.check_bitmaps(expect)
         if expect.get('corrupt'):
             self.check_doubtful()
+            self.check_mark(expect)
         self.check_status('check', expect)
         self.check_status('verify', expect)
         self.assertEqual(digest('x.bale'), before)
@@ -98,6 +99,14 @@ class GoldenTest(bale_iotests.TestCase):
                              str(result))
             self.assertEqual('marked corrupt' not in result.err, good,
                              str(result))
+
+    def check_mark(self, expect):
+        """The mark is one finding, not one for each cluster."""
+        found = json.loads(bale('check', '--json', 'x.bale', check=2).out)
+        self.assertTrue(found['corrupt'])
+        self.assertEqual(found['damaged'], expect.get('damaged', 0), found)
+        result = run(bale_iotests.BALE, 'run', 'qemu-img', 'check', 'x.bale')
+        self.assertEqual(result.status, 2, str(result))
 
     def check_both(self, expect):
         """The engine and the reader extract what went in."""
