@@ -4,6 +4,8 @@
  *     bench-store fill FILE CLUSTERS SIZE [RANDOM]
  *                                           create it, write all clusters
  *     bench-store open FILE                 open and close
+ *     bench-store scan FILE                 damage both checkpoints; open by a
+ *                                           scan of all pages, and close
  *     bench-store random FILE OPS           random writes, then random reads
  *     bench-store kill FILE OPS             random writes, flush, SIGKILL
  *     bench-store grow FILE CLUSTERS SIZE   each write's time, while the index
@@ -29,7 +31,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "extstore/store.h"
+#include "../../block/extstore/store-internal.h"
 
 #define IN_FLIGHT 64u
 #define REQUEST_LEN (1u << 20)
@@ -325,6 +327,36 @@ static void run_open(Bench *b)
     g_free(buf);
 }
 
+/* The roots of the checkpoints that any copy of the superblock names. */
+static void damage_checkpoints(const char *path)
+{
+    g_autofree uint8_t *block = g_malloc(BALE_BLOCK_SIZE);
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    BaleSuper super;
+
+    if (fd < 0) {
+        die(path, NULL);
+    }
+    for (unsigned copy = 0; copy < BALE_SUPER_COPIES; copy++) {
+        ssize_t n = pread(fd, block, BALE_BLOCK_SIZE,
+                          bale_super_address(copy));
+
+        if (n != BALE_BLOCK_SIZE ||
+            bale_super_decode(&super, copy, block, NULL) < 0) {
+            die("a superblock", NULL);
+        }
+        for (unsigned i = 0; i < 2; i++) {
+            uint64_t at = i ? super.previous.address
+                            : super.checkpoint.address;
+
+            if (at && pwrite(fd, "damage", 6, at) != 6) {
+                die("damaging a checkpoint", NULL);
+            }
+        }
+    }
+    close(fd);
+}
+
 static void run_random(Bench *b, uint64_t ops)
 {
     Queue *q;
@@ -557,6 +589,9 @@ int main(int argc, char **argv)
     if (!strcmp(step, "fill") && n && size) {
         run_fill(&b, n, size);
     } else if (!strcmp(step, "open")) {
+        run_open(&b);
+    } else if (!strcmp(step, "scan")) {
+        damage_checkpoints(b.path);
         run_open(&b);
     } else if (!strcmp(step, "random") && n) {
         run_random(&b, n);

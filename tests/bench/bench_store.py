@@ -107,6 +107,7 @@ def scale(args, work, results):
             opened['tail'] = tail
             out['open_killed'].append(opened)
             step('random', large, 1) # and close: the next tail is its own
+    out['open_scan'] = step('scan', large)
 
     result(results, 'index of %d clusters, MiB' % args.clusters,
            [out['fill']['index_peak_bytes'] / 2**20],
