@@ -46,9 +46,8 @@
 
 #include "bdrv-device-internal.h"
 
-/* Stores on O_DIRECT files must not depend on the page cache's forgiveness,
- * and a store may be moved to a disk with 4 KiB sectors. */
-#define DEVICE_BLOCK_SIZE_MIN 4096u
+/* With a page cache below there is no alignment; sectors are what we read. */
+#define DEVICE_BLOCK_SIZE_MIN 512u
 #define DEVICE_BLOCK_SIZE_MAX 65536u
 
 typedef enum DeviceOpKind {

@@ -293,13 +293,14 @@ static bool op_join_run(BaleClusterOp *op, uint64_t page, BaleReadRun **runs)
     BaleStore *s = op->req->image->store;
     BalePage *p = bale_page(s, page);
     uint64_t address = bale_value_address(op->value);
-    uint64_t begin = bale_align_down(address, BALE_BLOCK_SIZE);
+    uint32_t align = s->dev_info.block_size; /* often less than a block */
+    uint64_t begin = bale_align_down(address, align);
     uint64_t end = address + BALE_RECORD_HEADER_LEN +
                    bale_class_len(bale_value_class(op->value),
                                   s->cluster_size);
     BaleReadRun *run = *runs;
 
-    end = MIN(bale_align_up(end, BALE_BLOCK_SIZE),
+    end = MIN(bale_align_up(end, align),
               page_address(s, page) + s->page_size);
     /* Parallel writers leave neighbours in any order. */
     for (unsigned i = 0; run && i < READ_RUNS_LOOK_MAX; i++) {
