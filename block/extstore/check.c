@@ -339,8 +339,9 @@ static bool check_counters(Check *c, GError **errp)
                 c->result->fixed++;
             }
         }
+        /* The last of those who are in a page lets it die. */
         if (p->state == BALE_PAGE_SEALED && !count.live[i] &&
-            !p->tombstone_seq) {
+            !p->tombstone_seq && !p->readers && !p->in_flight) {
             c->result->leaked_pages++;
         }
     }
