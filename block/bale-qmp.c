@@ -138,6 +138,7 @@ static BaleNodeStats *get_stats(BaleStore *store)
     COPY(compact_running);
     COPY(compact_pending_bytes);
     COPY(compact_paced_ns);
+    COPY(writes_held_ns);
     COPY(space_waits);
     COPY(index_entries);
     COPY(index_bytes);

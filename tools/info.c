@@ -91,6 +91,7 @@ static const Counter store_counters[] = {
     STORE_COUNTER("compact-running", compact_running),
     STORE_COUNTER("compact-pending-bytes", compact_pending_bytes),
     STORE_COUNTER("compact-paced-ns", compact_paced_ns),
+    STORE_COUNTER("writes-held-ns", writes_held_ns),
     STORE_COUNTER("space-waits", space_waits),
     STORE_COUNTER("index-entries", index_entries),
     STORE_COUNTER("index-bytes", index_bytes),

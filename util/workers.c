@@ -1,7 +1,7 @@
 /*
- * A pool of worker threads with two first-in-first-out queues.
+ * A pool of worker threads with three first-in-first-out queues.
  *
- * One mutex covers both queues: an item is a whole cluster to compress, so a
+ * One mutex covers the queues: an item is a whole cluster to compress, so a
  * worker takes it a few thousand times a second at most.  What would cost is
  * waking threads, and therefore each worker sleeps on a condition of its own.
  * A push wakes one sleeper at most, the one that fell asleep last (its caches
@@ -9,10 +9,12 @@
  *
  * Invariants, under the mutex:
  *  1. A worker in the idle stack waits for its semaphore; whoever takes it off
- *     the stack posts that, once.
+ *     the stack posts that, once, or is the worker itself.
  *  2. While anything is queued, the stack is empty or somebody is woken for
  *     it: a woken worker looks at the queues before it may sleep again, and one
- *     that leaves wakes another.
+ *     that leaves wakes another.  While bulk work is all that is queued, and
+ *     held back, a worker in the stack wakes by itself when that is over; and
+ *     who takes some of it wakes another for the rest.
  *  3. `running` counts the workers inside a function.
  *  4. The workers that run and do not leave are those with an index below
  *     `threads`; a thread that has left is joined before its place is used
@@ -86,6 +88,7 @@ struct BaleWorkers {
     unsigned drainers;
     uint64_t executed;
     uint64_t wakeups;
+    int64_t hold_end_us; /* until when bulk work waits */
     /* Signalled when nothing is queued and nothing runs. */
     pthread_cond_t drained;
 
@@ -125,11 +128,29 @@ static BaleWork *queue_pop(Queue *queue)
     return work;
 }
 
-static BaleWork *next_work_locked(BaleWorkers *pool)
+/* For how many microseconds yet the bulk work that is queued has to wait. */
+static int64_t hold_us_locked(const BaleWorkers *pool)
 {
-    for (unsigned i = 0; i < BALE_WORK__PRIORITIES; i++) {
-        BaleWork *work = queue_pop(&pool->queues[i]);
+    int64_t us = 0;
 
+    if (pool->hold_end_us != 0 && pool->drainers == 0 &&
+        pool->queues[BALE_WORK_BULK].len != 0) {
+        us = pool->hold_end_us - g_get_monotonic_time();
+    }
+    return MAX(us, 0);
+}
+
+/* *@wait_us is set if there is only what must wait for so long. */
+static BaleWork *next_work_locked(BaleWorkers *pool, int64_t *wait_us)
+{
+    *wait_us = 0;
+    for (unsigned i = 0; i < BALE_WORK__PRIORITIES; i++) {
+        BaleWork *work;
+
+        if (i == BALE_WORK_BULK) {
+            *wait_us = hold_us_locked(pool);
+        }
+        work = *wait_us > 0 ? NULL : queue_pop(&pool->queues[i]);
         if (work != NULL) {
             return work;
         }
@@ -184,6 +205,39 @@ static void sleep_locked(BaleWorkers *pool, Worker *worker)
     pthread_mutex_lock(&pool->mutex);
 }
 
+/* The same, for @us microseconds at most. */
+static void nap_locked(BaleWorkers *pool, Worker *worker, int64_t us)
+{
+    int64_t end_us = g_get_monotonic_time() + us;
+    struct timespec end = {
+        .tv_sec = end_us / G_USEC_PER_SEC,
+        .tv_nsec = end_us % G_USEC_PER_SEC * 1000,
+    };
+    Worker **p = &pool->idle;
+    bool woken;
+
+    worker->next_idle = pool->idle;
+    pool->idle = worker;
+    pthread_mutex_unlock(&pool->mutex);
+    do {
+        woken = sem_clockwait(&worker->wake, CLOCK_MONOTONIC, &end) == 0;
+    } while (!woken && errno == EINTR);
+    pthread_mutex_lock(&pool->mutex);
+    while (!woken && *p != NULL && *p != worker) {
+        p = &(*p)->next_idle;
+    }
+    if (!woken && *p != NULL) {
+        *p = worker->next_idle;
+    } else if (!woken) {
+        /* Taken off the stack just now: the post is on its way. */
+        pthread_mutex_unlock(&pool->mutex);
+        while (sem_wait(&worker->wake) != 0) {
+            assert(errno == EINTR);
+        }
+        pthread_mutex_lock(&pool->mutex);
+    }
+}
+
 static void *worker_main(void *opaque)
 {
     Worker *worker = opaque;
@@ -196,11 +250,19 @@ static void *worker_main(void *opaque)
 
     pthread_mutex_lock(&pool->mutex);
     while (!worker->leave) {
-        BaleWork *work = next_work_locked(pool);
+        int64_t wait_us;
+        BaleWork *work = next_work_locked(pool, &wait_us);
 
         if (work != NULL) {
+            /* Nobody was woken for what was held back. */
+            other = NULL;
+            if (pool->hold_end_us != 0 && hold_us_locked(pool) == 0 &&
+                pool->queues[BALE_WORK_BULK].len != 0) {
+                other = take_idle_locked(pool);
+            }
             pool->running++;
             pthread_mutex_unlock(&pool->mutex);
+            wake(other);
             work->fn(work, worker->context, worker->index);
             pthread_mutex_lock(&pool->mutex);
             pool->running--;
@@ -208,10 +270,13 @@ static void *worker_main(void *opaque)
             if (pool->drainers > 0 && is_drained_locked(pool)) {
                 pthread_cond_broadcast(&pool->drained);
             }
+        } else if (wait_us > 0) {
+            nap_locked(pool, worker, wait_us);
         } else {
             sleep_locked(pool, worker);
         }
     }
+    other = NULL;
     if (!is_queue_empty_locked(pool)) {
         other = take_idle_locked(pool);
     }
@@ -437,6 +502,14 @@ void bale_workers_push(BaleWorkers *pool, BaleWork *work,
     worker = take_idle_locked(pool);
     pthread_mutex_unlock(&pool->mutex);
     wake(worker);
+}
+
+void bale_workers_hold(BaleWorkers *pool, int64_t us)
+{
+    us = CLAMP(us, 0, BALE_WORK_HOLD_MAX_US);
+    pthread_mutex_lock(&pool->mutex);
+    pool->hold_end_us = us ? g_get_monotonic_time() + us : 0;
+    pthread_mutex_unlock(&pool->mutex);
 }
 
 void bale_workers_drain(BaleWorkers *pool)

@@ -14,6 +14,11 @@
  * after a step it rests in proportion to what the step took, less the more of
  * the store is garbage.  While a writer waits for space nothing of that counts.
  *
+ * Where writers are faster, so that there is more garbage than what is live, the
+ * background makes them wait in turn: for a part of the time that each step
+ * took, the more the more there is, the workers begin no writes.  That ends by
+ * itself, and reads, flushes and discards go on: so nobody can wait in a circle.
+ *
  * Steps: a page is compacted window by window (compact.c).  Each window is a
  * step of maintenance (maintain.c): a checkpoint, or the release of a page, may
  * come between two of them, and who pauses maintenance makes us let go of the
@@ -42,6 +47,13 @@
 #define REST_TIMES_COMMAND 1
 /* ... and of at most so many microseconds. */
 #define REST_MAX_US 50000
+/*
+ * Writers wait for at most so many hundredths of a step's time: that many when
+ * there is twice as much garbage as what is live ...
+ */
+#define HOLD_MAX 90
+/* ... or as so many pages if that is more. */
+#define HOLD_PAGES_MIN 2
 /* The token bucket holds what its rate brings in so many microseconds. */
 #define PACE_BURST_US 100000
 /* A rate may change: look again after so many microseconds. */
@@ -277,6 +289,44 @@ static unsigned background_rest(BaleStore *s)
            (COMPACT_URGENT_GARBAGE - COMPACT_STORE_GARBAGE);
 }
 
+/*
+ * Hundredths of a step's time for which writers wait: none while the garbage is
+ * less than what is live.  What waits to be given back counts.  Under log_lock.
+ */
+static unsigned background_hold(BaleStore *s)
+{
+    uint64_t used = 0, garbage = 0, enough;
+
+    for (uint64_t i = 0; i < s->pages->len; i++) {
+        BalePage *p = bale_page(s, i);
+
+        if (p->bucket != BALE_BUCKET_META && p->state >= BALE_PAGE_SEALED) {
+            used += p->end;
+            garbage += page_garbage(p);
+        }
+    }
+    enough = MAX(used - garbage, HOLD_PAGES_MIN * s->page_size);
+    return garbage <= enough
+               ? 0
+               : MIN((garbage - enough) * HOLD_MAX / enough, HOLD_MAX);
+}
+
+/* A step has ended, if we were in one.  Under log_lock. */
+static void background_step_ended(Background *b)
+{
+    BaleStore *s = b->s;
+    int64_t us = 0;
+
+    if (b->pace.step_us && !b->for_space) {
+        us = (g_get_monotonic_time() - b->pace.step_us) *
+             background_hold(s) / 100;
+    }
+    us = MIN(us, REST_MAX_US);
+    bale_workers_hold(s->workers, us);
+    s->stats.writes_held_ns += us * 1000;
+    pace_step_ended(&b->pace, s, s->compact_rate, background_rest(s));
+}
+
 static bool background_go(void *opaque)
 {
     Background *b = opaque;
@@ -284,7 +334,7 @@ static bool background_go(void *opaque)
     bool go;
 
     pthread_mutex_lock(&s->log_lock);
-    pace_step_ended(&b->pace, s, s->compact_rate, background_rest(s));
+    background_step_ended(b);
     while ((go = background_wanted(b)) && !b->for_space) {
         int64_t due_us = pace_due(&b->pace, s->compact_rate);
 
@@ -316,7 +366,7 @@ static int background_page(BaleStore *s, uint64_t page, bool for_space)
     __atomic_fetch_add(&s->compact_running, 1, __ATOMIC_RELAXED);
     ret = bale_compact_page(s, page, background_go, &b);
     pthread_mutex_lock(&s->log_lock);
-    pace_step_ended(&b.pace, s, s->compact_rate, 0);
+    background_step_ended(&b);
     pthread_mutex_unlock(&s->log_lock);
     __atomic_fetch_sub(&s->compact_running, 1, __ATOMIC_RELAXED);
     /* That page is stuck; there are others. */

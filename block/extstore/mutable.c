@@ -314,7 +314,7 @@ static void mutable_base_read(void *opaque, int ret)
     }
     o->work.fn = mutable_out_work;
     bale_workers_push(o->m->image->store->workers, &o->work,
-                      BALE_WORK_NORMAL);
+                      BALE_WORK_BULK);
 }
 
 static void mutable_out_start(MutableOut *o)

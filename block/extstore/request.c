@@ -408,7 +408,7 @@ static void op_write_ready(BaleClusterOp *op)
 {
     op->work.fn = op_write_work;
     bale_workers_push(op->req->image->store->workers, &op->work,
-                      BALE_WORK_NORMAL);
+                      BALE_WORK_BULK);
 }
 
 static void op_base_read(void *opaque, int ret)
@@ -649,7 +649,8 @@ static void op_write_start(BaleClusterOp *op)
         }
         op->claimed = true;
         op->work.fn = op->len == 0 ? op_zero_work : op_write_work;
-        bale_workers_push(s->workers, &op->work, BALE_WORK_NORMAL);
+        bale_workers_push(s->workers, &op->work,
+                          op->len == 0 ? BALE_WORK_NORMAL : BALE_WORK_BULK);
         return;
     }
     cached = op->taken || bale_mutable_cached(image->mutable_region, begin,

@@ -339,6 +339,7 @@ typedef struct BaleStoreStats {
                                         * compact, now */
     uint64_t compact_paced_ns;         /* that it kept back for its rate, and
                                         * for requests */
+    uint64_t writes_held_ns;           /* that writers were kept back for it */
     uint64_t space_waits;              /* times that a full store was waited
                                         * for */
 

@@ -1,10 +1,11 @@
 /*
- * A pool of worker threads with two first-in-first-out queues.
+ * A pool of worker threads with three first-in-first-out queues.
  *
  * The caller embeds a BaleWork in its own structure and pushes it; a worker
  * calls its function once.  Nothing is allocated on the way.  Urgent work is
- * taken before normal work, and in both queues work starts in the order in
- * which it was pushed (it may of course finish in another one).
+ * taken before normal work, and that before bulk work, which can be held back
+ * for a while; in each queue work starts in the order in which it was pushed
+ * (it may of course finish in another one).
  *
  * The pool does not bound its queues: whoever pushes owns the items, and so
  * the bound (of clusters in flight, say) lies with the pusher.
@@ -29,6 +30,8 @@
 
 /* The most threads that a pool can have. */
 #define BALE_WORKERS_MAX 256
+/* The longest that bulk work is held back by one call, in microseconds. */
+#define BALE_WORK_HOLD_MAX_US 100000
 
 typedef struct BaleWorkers BaleWorkers;
 typedef struct BaleWork BaleWork;
@@ -51,6 +54,8 @@ typedef enum BaleWorkPriority {
     /* Somebody waits for it: a read. */
     BALE_WORK_URGENT = 0,
     BALE_WORK_NORMAL = 1,
+    /* bale_workers_hold() may make it wait. */
+    BALE_WORK_BULK = 2,
 
     BALE_WORK__PRIORITIES
 } BaleWorkPriority;
@@ -113,6 +118,13 @@ bool bale_workers_set_threads(BaleWorkers *pool, unsigned threads,
  */
 void bale_workers_push(BaleWorkers *pool, BaleWork *work,
                        BaleWorkPriority priority);
+
+/*
+ * Begin no bulk work in the next @us microseconds, at most
+ * BALE_WORK_HOLD_MAX_US, unless somebody drains; 0: let go.  Each call replaces
+ * the one before.  It ends by itself, so nobody can be kept back for ever.
+ */
+void bale_workers_hold(BaleWorkers *pool, int64_t us);
 
 /*
  * Wait until no work is queued and no function is running.  Work that other

@@ -48,7 +48,9 @@ void __real_bale_workers_get_stats(BaleWorkers *workers,
                                    BaleWorkersStats *stats);
 void __wrap_bale_workers_get_stats(BaleWorkers *workers,
                                    BaleWorkersStats *stats);
+void __real_bale_workers_hold(BaleWorkers *workers, int64_t us);
 unsigned __real_bale_workers_threads(BaleWorkers *workers);
+void __wrap_bale_workers_hold(BaleWorkers *workers, int64_t us);
 unsigned __wrap_bale_workers_threads(BaleWorkers *workers);
 
 #endif

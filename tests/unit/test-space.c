@@ -415,6 +415,29 @@ static void test_background_keeps_to_its_rate(void)
     fixture_free(&f);
 }
 
+/* They are slower then, and nothing else. */
+static void test_writers_wait_for_the_background(void)
+{
+    Fixture f;
+
+    fixture_init(&f, 0);
+    bale_store_set_compact(f.store, false, 0);
+    make_garbage(&f);
+    for (uint64_t c = 1; c < 320; c += 4) {
+        discard(&f, c);
+    }
+    g_assert_cmpuint(stats(&f)->writes_held_ns, ==, 0);
+    bale_store_set_compact(f.store, true, 0);
+    while (!stats(&f)->writes_held_ns) {
+        g_assert_cmpint(write_cluster(&f, 3), ==, 0);
+    }
+    while (stats(&f)->compact_pending_bytes || stats(&f)->compact_running) {
+        g_assert_cmpint(write_cluster(&f, 7), ==, 0);
+    }
+    check(&f);
+    fixture_free(&f);
+}
+
 typedef struct Command {
     BaleStore *store;
     int stop;     /* atomic */
@@ -531,6 +554,8 @@ int main(int argc, char **argv)
                     test_background_can_be_off);
     g_test_add_func("/space/background-keeps-to-its-rate",
                     test_background_keeps_to_its_rate);
+    g_test_add_func("/space/writers-wait-for-the-background",
+                    test_writers_wait_for_the_background);
     g_test_add_func("/space/others-go-on-beside-a-command",
                     test_others_go_on_beside_a_command);
     g_test_add_func("/space/command-stops", test_command_stops);

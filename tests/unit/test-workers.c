@@ -126,6 +126,53 @@ static void test_first_in_first_out_and_urgent_first(void)
     }
 }
 
+/* Time may pass: what is held back may begin late, but not early. */
+static void test_bulk_work_can_be_held_back(void)
+{
+    g_autoptr(BaleWorkers) pool =
+        bale_workers_new("hold", 2, NULL, NULL, NULL, NULL);
+    Item bulk[20], normal = { .work.fn = item_run };
+    int64_t begin_us = g_get_monotonic_time();
+
+    bale_workers_hold(pool, 20000);
+    for (unsigned i = 0; i < G_N_ELEMENTS(bulk); i++) {
+        bulk[i] = (Item) { .work.fn = item_run };
+        bale_workers_push(pool, &bulk[i].work, BALE_WORK_BULK);
+    }
+    bale_workers_push(pool, &normal.work, BALE_WORK_NORMAL);
+    while (!normal.runs) {
+        g_usleep(100);
+    }
+    for (unsigned i = 0; i < G_N_ELEMENTS(bulk); i++) {
+        while (!bulk[i].runs) {
+            g_usleep(100);
+        }
+    }
+    g_assert_cmpint(g_get_monotonic_time() - begin_us, >=, 20000);
+    bale_workers_drain(pool);
+}
+
+static void test_drain_and_letting_go_end_a_hold(void)
+{
+    g_autoptr(BaleWorkers) pool =
+        bale_workers_new("let-go", 2, NULL, NULL, NULL, NULL);
+    Item items[MANY / 100];
+
+    for (unsigned i = 0; i < G_N_ELEMENTS(items); i++) {
+        items[i] = (Item) { .work.fn = item_run };
+        bale_workers_hold(pool, i % 3 ? BALE_WORK_HOLD_MAX_US : 0);
+        bale_workers_push(pool, &items[i].work, i % BALE_WORK__PRIORITIES);
+        if (i % 32 == 0) {
+            bale_workers_drain(pool);
+            g_assert_cmpint(items[i].runs, ==, 1);
+        }
+    }
+    bale_workers_drain(pool);
+    for (unsigned i = 0; i < G_N_ELEMENTS(items); i++) {
+        g_assert_cmpint(items[i].runs, ==, 1);
+    }
+}
+
 static void test_busy_workers_are_not_woken(void)
 {
     g_autoptr(BaleWorkers) pool =
@@ -539,6 +586,10 @@ int main(int argc, char **argv)
                     test_first_in_first_out_and_urgent_first);
     g_test_add_func("/workers/busy-workers-are-not-woken",
                     test_busy_workers_are_not_woken);
+    g_test_add_func("/workers/bulk-work-can-be-held-back",
+                    test_bulk_work_can_be_held_back);
+    g_test_add_func("/workers/drain-and-letting-go-end-a-hold",
+                    test_drain_and_letting_go_end_a_hold);
     g_test_add_func("/workers/a-push-wakes-a-sleeper-while-another-is-busy",
                     test_a_push_wakes_a_sleeper_while_another_is_busy);
     g_test_add_func("/workers/drain-waits-for-what-functions-push",
