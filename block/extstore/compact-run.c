@@ -14,10 +14,10 @@
  * after a step it rests in proportion to what the step took, less the more of
  * the store is garbage.  While a writer waits for space nothing of that counts.
  *
- * Where writers are faster, so that there is more garbage than what is live, the
- * background makes them wait in turn: for a part of the time that each step
+ * Where writers are faster, so that there is more garbage than what is live,
+ * the background makes them wait in turn: for a part of the time that each step
  * took, the more the more there is, the workers begin no writes.  That ends by
- * itself, and reads, flushes and discards go on: so nobody can wait in a circle.
+ * itself, and reads, flushes and discards go on: nobody waits in a circle.
  *
  * Steps: a page is compacted window by window (compact.c).  Each window is a
  * step of maintenance (maintain.c): a checkpoint, or the release of a page, may
