@@ -24,6 +24,7 @@
 
 #include "extstore/bitmap.h"
 #include "util/memory.h"
+#include "util/planted.h"
 
 /* Bytes of bits that are moved at once; or a cluster, if that is more. */
 #define BITMAP_STEP (1u << 20)
@@ -268,7 +269,7 @@ bool bale_bitmaps_begin_use(BaleImage *image, GError **errp)
 
         change = change || (e->image == image->id && !e->in_use);
     }
-    if (change) {
+    if (change && !BALE_PLANTED(bitmap_not_marked)) {
         cat = bale_catalogue_copy(s->catalogue);
         bale_bitmaps_spoil(cat, image->id);
         ret = bale_catalogue_commit(s, cat);
@@ -354,7 +355,7 @@ static bool bits_write_all(BaleImage *image, const BaleBitmapSource *list,
         bits_close(bits);
     }
     bale_memory_free(buf);
-    if (ok && ret == 0) {
+    if (ok && ret == 0 && !BALE_PLANTED(bitmap_not_flushed)) {
         ret = bale_log_flush_sync(s);
     }
     return ok && (ret == 0 || bitmap_error(errp, ret, "storing bitmaps"));

@@ -89,7 +89,9 @@ static void collect_merge(BaleCatalogue *cat, const BaleLayerEntry *layer,
         }
         at += e->id < alias.id;
     }
-    g_array_insert_val(cat->aliases, at, alias);
+    if (!BALE_PLANTED(alias_forgotten)) {
+        g_array_insert_val(cat->aliases, at, alias);
+    }
     child->parent = layer->parent;
     child->parent_clusters = MIN(child->parent_clusters,
                                  layer->parent_clusters);
@@ -152,7 +154,8 @@ void bale_catalogue_collect(BaleCatalogue *cat)
                 child = e;
             }
         }
-        if (children == 1) {
+        if (children == 1 ||
+            (children && BALE_PLANTED(shared_layer_merged))) {
             collect_merge(cat, layer, child);
             g_array_remove_index(cat->layers, i);
         } else if (children == 0) {

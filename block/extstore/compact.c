@@ -34,6 +34,7 @@
 #include <string.h>
 
 #include "util/memory.h"
+#include "util/planted.h"
 
 /* A window is read in pieces of so many bytes, for others to come between. */
 #define WINDOW_PIECE (256u << 10)
@@ -74,6 +75,9 @@ static int compact_data(Compact *c, BaleLayer *layer, const BaleRecord *old,
 
     if (bale_layer_find(layer, old->cluster) != value) {
         return 0;
+    }
+    if (BALE_PLANTED(copy_renumbered)) {
+        r.seq = 0; /* the log numbers it */
     }
     ret = bale_log_append(s, BALE_BUCKET_COMPACTED, &r, payload,
                           bale_value_live(value, s->cluster_size), &copy);

@@ -24,6 +24,7 @@
 #include <string.h>
 
 #include "util/memory.h"
+#include "util/planted.h"
 
 BaleLayer *bale_layer_get(BaleStore *s, uint32_t id)
 {
@@ -299,7 +300,9 @@ void bale_layer_index_move(BaleLayer *layer, uint64_t cluster, uint64_t value,
     BaleStore *s = layer->store;
     uint64_t gone = value;
 
-    if (bale_index_update(layer->index, cluster, value, copy, NULL) < 0) {
+    if (BALE_PLANTED(copy_unconditional)) {
+        bale_layer_index_set(layer, cluster, copy, &gone);
+    } else if (bale_index_update(layer->index, cluster, value, copy, NULL) < 0) {
         gone = copy; /* somebody was faster: the copy is garbage */
     } else if (s->cache) {
         bale_cache_move(s->cache, layer, cluster, value, copy);

@@ -413,7 +413,7 @@ bool bale_maintain_errand(BaleStore *s)
     return false;
 }
 
-static bool maintain_has_work(BaleStore *s)
+bool bale_maintain_has_work(BaleStore *s)
 {
     return s->maintain_release || s->maintain_look || maintain_flush_due(s) ||
            s->space_answered < s->space_asked || maintain_checkpoint_due(s);
@@ -425,7 +425,8 @@ static void *maintain_main(void *opaque)
 
     pthread_mutex_lock(&s->log_lock);
     while (!s->maintain_stop) {
-        if (s->maintain_pauses || store_failed(s) || !maintain_has_work(s)) {
+        if (s->maintain_pauses || store_failed(s) ||
+            !bale_maintain_has_work(s)) {
             maintain_wait(s);
             continue;
         }

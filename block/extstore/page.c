@@ -322,7 +322,10 @@ static uint64_t pages_room(BaleStore *s, BaleBucket bucket)
                          fresh ? s->max_pages : s->over_pages);
     uint64_t used = pages_in_use(s);
 
-    if (fresh) {
+    if (BALE_PLANTED(limit_ignored)) {
+        total = page_device_pages(s);
+    }
+    if (fresh && !BALE_PLANTED(reserve_forgotten)) {
         used += pages_reserve(s, total);
     }
     return total > used ? total - used : 0;

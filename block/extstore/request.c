@@ -796,6 +796,7 @@ static void store_flush(BaleStore *store, bool write_out, bool counted,
     f = g_new(TimedFlush, 1);
     *f = (TimedFlush){ store, bale_now_ns(), counted, done, opaque, 0, 1 };
     images = bale_store_images(store, &n);
+    n = BALE_PLANTED(flush_one_image) ? MIN(n, 1) : n;
     /* Each of these ends with a flush of the log. */
     for (guint i = 0; i < n; i++) {
         BaleImage *image = images[i];

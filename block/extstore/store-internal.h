@@ -454,6 +454,8 @@ bool bale_maintain_await_command(BaleStore *s);
 /* Wait until the thread has done what it can for pages that die; do some wait
  * for another flush? */
 bool bale_maintain_drain(BaleStore *s);
+/* Under log_lock: is there anything for the thread to do, now? */
+bool bale_maintain_has_work(BaleStore *s);
 /* On the thread, which is on a long errand: should it stop that? */
 bool bale_maintain_wanted(BaleStore *s);
 /*

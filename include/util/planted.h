@@ -58,6 +58,16 @@ enum {
     BALE_PLANTED_fua_one_image,
     BALE_PLANTED_snapshot_not_durable,
     BALE_PLANTED_deleted_layer_resurrected,
+    BALE_PLANTED_limit_ignored,
+    BALE_PLANTED_reserve_forgotten,
+    BALE_PLANTED_copy_renumbered,
+    BALE_PLANTED_copy_unconditional,
+    BALE_PLANTED_memory_unlimited,
+    BALE_PLANTED_bitmap_not_marked,
+    BALE_PLANTED_bitmap_not_flushed,
+    BALE_PLANTED_alias_forgotten,
+    BALE_PLANTED_shared_layer_merged,
+    BALE_PLANTED_flush_one_image,
 };
 
 #ifndef BALE_PLANTED_BUG

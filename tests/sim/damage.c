@@ -8,6 +8,7 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
+#include "inline.h"
 #include "sim.h"
 
 #include <stdlib.h>
@@ -17,8 +18,6 @@
 #define BARRIERS_LEN 1024u /* of a block that may hold a few barriers */
 #define SUPER_COPIES 4
 #define SUPER_STRIDE (512u << 10)
-/* Microseconds in which the maintenance thread mostly does what it has to. */
-#define MAINTAIN_US 1000
 /* Zero sectors of the store that are damaged, too: each so many-th. */
 #define ZERO_SECTORS_EVERY 512
 /* Of a store with more sectors than this a sample is damaged. */
@@ -39,6 +38,7 @@ static World *damage_world(const Case *c, bool *clean, char **error)
     World *w = world_new(c->geo, bale_sim_new(NULL));
 
     w->story = g_string_new(NULL);
+    w->quiet = inline_enabled;
     if (world_start(w, c)) {
         for (const char *p = c->steps; *p && !w->error; p++) {
             if (!world_step(w, *p)) {
@@ -60,7 +60,6 @@ static World *damage_world(const Case *c, bool *clean, char **error)
              */
             for (const char *p = c->seed % 4 ? "pf" : "hfff"; *p; p++) {
                 world_step(w, *p);
-                g_usleep(*p == 'f' ? MAINTAIN_US : 0);
             }
         }
     }

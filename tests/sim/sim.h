@@ -148,6 +148,8 @@ typedef struct World {
     GMutex story_lock;  /* while a step runs, the store's threads tell, too */
     GString *story;     /* NULL: nobody wants it */
     unsigned workers;
+    bool quiet;         /* the maintenance thread does what it has to between
+                         * steps: a case is the same each time */
     bool doubtful;      /* reopened after a failure and not written since: a
                          * flush has nothing to make durable */
     uint64_t proven_event; /* what was flushed by then is proven */

@@ -12,6 +12,8 @@
 #include <errno.h>
 #include <string.h>
 
+#include "../../block/extstore/store-internal.h"
+
 #define BACKING_NAMES 8u
 /* Of a store, before its first page. */
 #define SUPER_BYTES (2ull << 20)
@@ -765,7 +767,7 @@ static bool step_compact(World *w)
     return bale_store_compact(w->store, &o, &err);
 }
 
-bool world_step(World *w, char step)
+static bool world_do(World *w, char step)
 {
     bool ok;
 
@@ -826,6 +828,44 @@ bool world_step(World *w, char step)
     }
     if (!ok) {
         world_tell(w, "    refused\n");
+    }
+    return ok;
+}
+
+/* Steps that want the maintenance thread, or another store. */
+#define STEPS_MAINTAINED "mKr"
+
+/* Wait until the maintenance thread has nothing to do. */
+static void world_settle_thread(World *w)
+{
+    BaleStore *s = w->store;
+
+    if (s) {
+        pthread_mutex_lock(&s->log_lock);
+        while (s->maintain_started && !store_failed(s) &&
+               (!s->maintain_idle || bale_maintain_has_work(s))) {
+            pthread_cond_wait(&s->log_cond, &s->log_lock);
+        }
+        pthread_mutex_unlock(&s->log_lock);
+    }
+}
+
+bool world_step(World *w, char step)
+{
+    BaleStore *s = w->store;
+    bool pause = w->quiet && s && !w->geo->max_size &&
+                 !strchr(STEPS_MAINTAINED, step);
+    bool ok;
+
+    if (pause) {
+        bale_maintain_pause(s);
+    }
+    ok = world_do(w, step);
+    if (pause) {
+        bale_maintain_resume(s);
+    }
+    if (w->quiet) {
+        world_settle_thread(w);
     }
     return ok;
 }
