@@ -41,6 +41,8 @@ BaleJob *bale_bs_job(BlockDriverState *bs);
 /* The node that shows image @name of the store of @bs; NULL: none. */
 BlockDriverState *bale_bs_of_image(BlockDriverState *bs, const char *name);
 
+/* Is a cache-size of @bytes one that a store takes? */
+bool bale_cache_size_check(uint64_t bytes, Error **errp);
 /* As reopening @bs, a bale node, with another cache-size does. */
 void bale_bs_set_cache_size(BlockDriverState *bs, uint64_t bytes);
 /* What the store keeps to as long as it is open. */

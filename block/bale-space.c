@@ -129,8 +129,9 @@ void coroutine_fn qmp_bale_set(const char *node_name, bool has_cache_size,
     if (!bs) {
         return;
     }
-    if (has_compression_threads &&
-        !bale_workers_check(compression_threads, errp)) {
+    if ((has_compression_threads &&
+         !bale_workers_check(compression_threads, errp)) ||
+        (has_cache_size && !bale_cache_size_check(cache_size, errp))) {
         return;
     }
     if (has_max_size && !set_max_size(bs, max_size, errp)) {

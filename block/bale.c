@@ -149,8 +149,19 @@ bool bale_workers_check(uint64_t workers, Error **errp)
     return true;
 }
 
-/* Takes compression-threads from @opts. */
-static bool read_workers(QemuOpts *opts, unsigned *workers, Error **errp)
+bool bale_cache_size_check(uint64_t bytes, Error **errp)
+{
+    if (bytes > BALE_CACHE_SIZE_MAX) {
+        error_setg(errp, "'%s' must be at most %llu bytes",
+                   BALE_OPT_CACHE_SIZE, BALE_CACHE_SIZE_MAX);
+        return false;
+    }
+    return true;
+}
+
+/* Takes compression-threads and cache-size from @opts. */
+static bool read_resources(QemuOpts *opts, unsigned *workers,
+                           uint64_t *cache_size, Error **errp)
 {
     uint64_t n = qemu_opt_get_number(opts, BALE_OPT_COMPRESSION_THREADS, 0);
 
@@ -158,7 +169,9 @@ static bool read_workers(QemuOpts *opts, unsigned *workers, Error **errp)
         return false;
     }
     *workers = n;
-    return true;
+    *cache_size = qemu_opt_get_size(opts, BALE_OPT_CACHE_SIZE,
+                                    BALE_CACHE_SIZE_DEFAULT);
+    return bale_cache_size_check(*cache_size, errp);
 }
 
 static int bale_read_options(BDRVBaleState *s, QDict *options, Error **errp)
@@ -168,13 +181,11 @@ static int bale_read_options(BDRVBaleState *s, QDict *options, Error **errp)
     int ret = -EINVAL;
 
     if (!qemu_opts_absorb_qdict(opts, options, errp) ||
-        !read_workers(opts, &s->workers, errp)) {
+        !read_resources(opts, &s->workers, &s->cache_size, errp)) {
         goto out;
     }
     s->has_workers = qemu_opt_find(opts, BALE_OPT_COMPRESSION_THREADS);
     s->has_cache_size = qemu_opt_find(opts, BALE_OPT_CACHE_SIZE);
-    s->cache_size = qemu_opt_get_size(opts, BALE_OPT_CACHE_SIZE,
-                                      BALE_CACHE_SIZE_DEFAULT);
     s->skip_unchanged = qemu_opt_get_bool(opts, BALE_OPT_SKIP_UNCHANGED,
                                           false);
     s->salvage = qemu_opt_get_bool(opts, BALE_OPT_SALVAGE, false);
@@ -391,14 +402,12 @@ static int bale_reopen_prepare(BDRVReopenState *state,
     int ret = 0;
 
     if (!qemu_opts_absorb_qdict(opts, state->options, errp) ||
-        !read_workers(opts, &r->workers, errp)) {
+        !read_resources(opts, &r->workers, &r->cache_size, errp)) {
         ret = -EINVAL;
         goto out;
     }
     r->has_workers = qemu_opt_find(opts, BALE_OPT_COMPRESSION_THREADS);
     r->has_cache_size = qemu_opt_find(opts, BALE_OPT_CACHE_SIZE);
-    r->cache_size = qemu_opt_get_size(opts, BALE_OPT_CACHE_SIZE,
-                                      BALE_CACHE_SIZE_DEFAULT);
     r->skip_unchanged = qemu_opt_get_bool(opts, BALE_OPT_SKIP_UNCHANGED,
                                           false);
     if (!(state->flags & (BDRV_O_RDWR | BDRV_O_INACTIVE)) && job &&

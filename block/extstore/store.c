@@ -556,6 +556,12 @@ BaleStore *bale_store_open(BaleDevice *dev, const BaleOpenOptions *o,
                     BALE_WORKERS_MAX);
         return NULL;
     }
+    if (o->cache_size > BALE_CACHE_SIZE_MAX) {
+        store_error(errp, BALE_STORE_ERROR_INVALID,
+                    "a cache of %" PRIu64 " bytes is larger than %llu",
+                    o->cache_size, BALE_CACHE_SIZE_MAX);
+        return NULL;
+    }
     if (!store_read_supers(dev, &super, errp)) {
         return NULL;
     }
@@ -794,7 +800,7 @@ bool bale_store_set_max_size(BaleStore *s, uint64_t bytes, GError **errp)
 
 void bale_store_set_cache_size(BaleStore *s, uint64_t bytes)
 {
-    bale_cache_set_size(s->cache, bytes);
+    bale_cache_set_size(s->cache, MIN(bytes, BALE_CACHE_SIZE_MAX));
 }
 
 bool bale_store_set_workers(BaleStore *s, unsigned workers, GError **errp)

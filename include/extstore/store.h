@@ -162,7 +162,8 @@ typedef struct BaleOpenOptions {
     uint64_t checkpoint_bytes; /* appended between two checkpoints of a store
                               * in use; 0: as many as seems good */
     uint64_t cache_size;     /* bytes of decompressed clusters kept; 0: none;
-                              * BALE_CACHE_SIZE_DEFAULT is a good start */
+                              * BALE_CACHE_SIZE_DEFAULT is a good start, more
+                              * than BALE_CACHE_SIZE_MAX is refused */
     uint64_t max_size;       /* in place of the stored one, bytes; 0: the
                               * stored one; BALE_MAX_SIZE_NONE: none */
     BaleFailedNotify *failed; /* optional */
@@ -172,6 +173,7 @@ typedef struct BaleOpenOptions {
 } BaleOpenOptions;
 
 #define BALE_CACHE_SIZE_DEFAULT (16ull << 20)
+#define BALE_CACHE_SIZE_MAX     (1ull << 40)
 #define BALE_MAX_SIZE_NONE      UINT64_MAX
 
 /*
@@ -224,7 +226,10 @@ bool bale_store_checkpoint_running(BaleStore *store, GError **errp);
  */
 bool bale_store_set_read_only(BaleStore *store, bool read_only, GError **errp);
 
-/* Change the size of the cache, which forgets everything. */
+/*
+ * Change the size of the cache, which forgets everything; at most
+ * BALE_CACHE_SIZE_MAX.
+ */
 void bale_store_set_cache_size(BaleStore *store, uint64_t bytes);
 
 /*

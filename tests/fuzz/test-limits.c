@@ -530,12 +530,14 @@ static void test_sparse(void)
     expect_open(dev);
 }
 
-/* Options come from outside, too.  A cache may cost what was asked for. */
+/* Options come from outside, too. */
 static void test_options(void)
 {
     static const BaleOpenOptions options[] = {
         { .read_only = true, .cache_size = UINT64_MAX },
+        { .read_only = true, .cache_size = BALE_CACHE_SIZE_MAX + 1 },
         { .read_only = true, .cache_size = 1 },
+        { .read_only = true, .cache_size = MIB },
         { .checkpoint_bytes = UINT64_MAX },
         { .checkpoint_bytes = 1, .cache_size = 1ull << 60 },
     };
@@ -548,9 +550,10 @@ static void test_options(void)
 
         g_assert_true(bale_store_create(dev, &c, NULL));
         cost = open_it(dev, &options[i]);
-        if (!options[i].cache_size) {
-            check_cost(&cost);
-        }
+        check_cost(&cost);
+        g_assert_true(cost.opened ==
+                      (options[i].cache_size <= BALE_CACHE_SIZE_MAX));
+        g_assert_true(cost.opened || strstr(cost.message, "cache"));
         g_free(cost.message);
     }
 }

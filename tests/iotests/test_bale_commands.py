@@ -98,6 +98,7 @@ class NodeTest(Base):
                                      'compression-threads'),
                                     ({'nonsense': 1}, 'nonsense'),
                                     ({'cache-size': 'x'}, 'cache-size'),
+                                    ({'cache-size': 1 << 41}, 'at most'),
                                     ({'backing': 'none'}, 'none'),
                                     ({'driver': 'qcow2'}, 'driver')):
                     self.assertIn(words, self.fails(

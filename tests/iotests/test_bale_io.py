@@ -153,9 +153,11 @@ class RequestTest(bale_iotests.TestCase):
                 'read -P 3 0 1M', BALE_DRIVER + 't.bale,cache-size=0')
 
     def test_a_runtime_option_out_of_range(self):
-        result = qemu_io('--image-opts', '-c', 'read 0 4k', BALE_DRIVER +
-                         't.bale,compression-threads=1000', check=1)
-        self.assert_one_line_error(result, 'compression-threads', '256')
+        for option, words in (('compression-threads=1000', '256'),
+                              ('cache-size=2T', 'at most')):
+            result = qemu_io('--image-opts', '-c', 'read 0 4k', BALE_DRIVER +
+                             't.bale,' + option, check=1)
+            self.assert_one_line_error(result, option.split('=')[0], words)
 
     def test_bench(self):
         qemu_img('bench', '-f', 'bale', '-c', '200', '-d', '16', '-s', '64k',

@@ -121,9 +121,14 @@ class QueryTest(Base):
             self.io(qemu, 'read -P 7 64k 64k')
             self.assertEqual(self.info(qemu)['stats']['cache-max-bytes'],
                              8 * MIB)
-            for size in (0, (1 << 63) - 1, 16 * MIB):
+            for size in (0, 1 << 36, 16 * MIB):
                 qemu.command('bale-set', node_name='a', cache_size=size)
                 self.io(qemu, 'read -P 7 64k 64k', 'read -P 7 0 64k')
+            for size in ((1 << 40) + 1, (1 << 63) - 1):
+                self.assertIn("'cache-size' must be at most", self.fails(
+                    qemu, 'bale-set', node_name='a', cache_size=size))
+            self.assertEqual(self.info(qemu)['stats']['cache-max-bytes'],
+                             16 * MIB)
             qemu.command('bale-reset-stats', node_name='a')
             stats = self.info(qemu)['stats']
             self.assertEqual((stats['writes'], stats['write-ns']), (0, []))
