@@ -18,7 +18,7 @@
 /* A discard leaves clusters out that were never written, if so many follow. */
 #define DISCARD_GAP_MIN 16u
 /* One planted bug needs a checkpoint between an append and the index. */
-#define MARK_WINDOW_US 2000
+#define MARK_WINDOW_US 20000
 
 bool bale_image_has_backing(BaleImage *image)
 {

@@ -302,7 +302,8 @@ void bale_layer_index_move(BaleLayer *layer, uint64_t cluster, uint64_t value,
 
     if (BALE_PLANTED(copy_unconditional)) {
         bale_layer_index_set(layer, cluster, copy, &gone);
-    } else if (bale_index_update(layer->index, cluster, value, copy, NULL) < 0) {
+    } else if (bale_index_update(layer->index, cluster, value, copy,
+                                 NULL) < 0) {
         gone = copy; /* somebody was faster: the copy is garbage */
     } else if (s->cache) {
         bale_cache_move(s->cache, layer, cluster, value, copy);

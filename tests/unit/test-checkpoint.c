@@ -398,6 +398,36 @@ static void close_once(void)
     fixture_close(&f);
 }
 
+/* A checkpoint while writes are between the log and the index. */
+static void test_beside_writers(void)
+{
+    BaleSync sync[CLUSTERS];
+    struct iovec iov[CLUSTERS];
+    Fixture f;
+
+    fixture_init(&f, sizeof(f.model));
+    for (unsigned round = 0; round < 3; round++) {
+        for (unsigned i = 0; i < CLUSTERS; i++) {
+            iov[i].iov_base = f.model + i * CLUSTER;
+            iov[i].iov_len = CLUSTER;
+            memset(iov[i].iov_base, 1 + round + i, CLUSTER);
+            sync[i] = (BaleSync)BALE_SYNC_INIT;
+            bale_image_write(f.image, i * CLUSTER, &iov[i], 1, 0,
+                             bale_sync_done, &sync[i]);
+        }
+        bale_sync_wait(&sync[0]); /* there is a session now */
+        fixture_checkpoint(&f);
+        for (unsigned i = 0; i < CLUSTERS; i++) {
+            g_assert_cmpint(bale_sync_wait(&sync[i]), ==, 0);
+        }
+        fixture_flush(&f);
+        fixture_kill(&f);
+        fixture_open(&f);
+        check_same(&f);
+    }
+    fixture_close(&f);
+}
+
 static void test_close_is_the_end(void)
 {
     for (int i = 0; i < 20; i++) {
@@ -415,6 +445,7 @@ int main(int argc, char **argv)
     g_test_add_func("/checkpoint/pages-reused", test_pages_reused);
     g_test_add_func("/checkpoint/slow-reader", test_slow_reader);
     g_test_add_func("/checkpoint/large-index", test_large_index);
+    g_test_add_func("/checkpoint/beside-writers", test_beside_writers);
     g_test_add_func("/checkpoint/close-is-the-end", test_close_is_the_end);
     return g_test_run();
 }
