@@ -383,6 +383,8 @@ class Catalogue:
     def read_catalogue(self, fields):
         (layers, aliases, snapshots, images, next_layer, next_image,
          next_snapshot, bitmaps) = fields.take(CATALOGUE_HEAD)
+        if 0 in (next_layer, next_image, next_snapshot):
+            raise Damage('catalogue: the next id is 0')
         for _ in range(layers):
             self.add(self.layers, Layer(*fields.take(LAYER_ENTRY)),
                      next_layer)

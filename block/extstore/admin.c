@@ -159,6 +159,9 @@ static bool edit_add_layer(BaleCatalogue *cat, uint32_t parent, uint64_t size,
     }
     if (parent) {
         under = bale_catalogue_layer(cat, parent);
+        if (under->generation == UINT32_MAX) {
+            return admin_invalid(errp, "the image has used up its layers");
+        }
         layer.generation = under->generation + 1;
         layer.parent_clusters =
             bale_size_clusters(MIN(size, under->size), cluster_size);
@@ -679,17 +682,17 @@ bool bale_snapshot_create(BaleStore *s, const char *name,
         }
     }
     snapshot.image = e->id;
-    snapshot.id = cat->next_snapshot;
+    if (cat->next_snapshot == UINT32_MAX) {
+        admin_invalid(errp, "this store has used up its snapshots");
+        return edit_drop(s, cat);
+    }
+    snapshot.id = cat->next_snapshot++;
     snapshot.layer = e->layer;
     snapshot.date_s = info->date_s ? info->date_s : now_us / G_USEC_PER_SEC;
     snapshot.date_ns = info->date_s ? info->date_ns
                                     : now_us % G_USEC_PER_SEC * 1000;
     snapshot.name = g_strdup(info->name);
     g_array_append_val(cat->snapshots, snapshot);
-    if (cat->next_snapshot++ == UINT32_MAX - 1) {
-        admin_invalid(errp, "this store has used up its snapshots");
-        return edit_drop(s, cat);
-    }
     if (!edit_freeze(s, cat, snapshot.image, errp)) {
         return edit_drop(s, cat);
     }

@@ -46,10 +46,13 @@ int bale_catalogue_append(BaleStore *s, const BaleCatalogue *cat,
     {
         g_autoptr(BaleCatalogue) read = NULL;
 
-        /* What could not be read again must never get to the device. */
+        /* What could not be read again must never get to the device.  It may
+         * come of a catalogue that somebody forged to be at some limit. */
         ret = bale_catalogue_decode(&read, r.type, s->cluster_size, payload,
                                     r.payload_len);
-        g_assert(ret == 0);
+        if (ret < 0) {
+            return ret;
+        }
     }
     r.layer = r.type == BALE_RECORD_IMAGE ? 1 : 0;
     ret = bale_log_append(s, BALE_BUCKET_META, &r, payload,

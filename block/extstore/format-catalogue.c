@@ -840,7 +840,8 @@ int bale_catalogue_decode(BaleCatalogue **out, uint8_t type,
     cat->next_layer = get32(buf + CATALOGUE_NEXT_LAYER);
     cat->next_image = get32(buf + CATALOGUE_NEXT_IMAGE);
     cat->next_snapshot = get32(buf + CATALOGUE_NEXT_SNAPSHOT);
-    if (!decode_layers(&d, layers) || !decode_aliases(&d, aliases) ||
+    if (!cat->next_layer || !cat->next_image || !cat->next_snapshot ||
+        !decode_layers(&d, layers) || !decode_aliases(&d, aliases) ||
         !decode_snapshots(&d, snapshots) || !decode_images(&d, images) ||
         !decode_bitmaps(&d, bitmaps) || d.p != d.end ||
         !catalogue_consistent(cat)) {

@@ -812,7 +812,7 @@ static void test_hostile_catalogue(void)
     g_assert_cmpint(catalogue_accepted(good), ==, 0);
     g_assert_cmpint(catalogue_accepted(deepest), ==, 0);
     g_assert_cmpint(catalogue_accepted(deeper), ==, -EIO);
-    for (unsigned n = 0; n < 13; n++) {
+    for (unsigned n = 0; n < 16; n++) {
         g_autoptr(BaleCatalogue) cat = bale_catalogue_copy(good);
         BaleAliasEntry alias = { 6, 5, 16 };
 
@@ -855,6 +855,18 @@ static void test_hostile_catalogue(void)
             alias.id = 3;
             g_array_append_val(cat->aliases, alias);
             break;
+        case 12: /* the next id is none */
+            cat->next_snapshot = 0;
+            break;
+        case 13:
+            cat->layers = g_array_set_size(cat->layers, 0);
+            cat->images = g_array_set_size(cat->images, 0);
+            cat->next_layer = 0;
+            break;
+        case 14:
+            cat->images = g_array_set_size(cat->images, 0);
+            cat->next_image = 0;
+            break;
         default: /* no generation */
             LAYER(cat, 0).generation = 0;
             break;
@@ -862,6 +874,31 @@ static void test_hostile_catalogue(void)
         g_test_message("catalogue %u", n);
         g_assert_cmpint(catalogue_accepted(cat), ==, -EIO);
     }
+}
+
+/* A store whose ids are used up refuses, and is as it was. */
+static void test_used_up(void)
+{
+    BaleSnapshotInfo info = { .name = "s" };
+    Fixture f;
+
+    fixture_init(&f, "n");
+    for (unsigned n = 0; n < 3; n++) {
+        g_autoptr(GError) err = NULL;
+        BaleCatalogue *cat = f.store->catalogue;
+        uint32_t *field = n == 0   ? &cat->next_snapshot
+                          : n == 1 ? &cat->next_layer
+                                   : &LAYER(cat, 0).generation;
+        uint32_t was = *field;
+
+        *field = UINT32_MAX;
+        g_assert_false(bale_snapshot_create(f.store, "n", &info, &err));
+        g_assert_nonnull(strstr(err->message, "used up"));
+        g_assert_true(f.store->catalogue == cat);
+        *field = was;
+    }
+    g_assert_true(bale_snapshot_create(f.store, "n", &info, NULL));
+    fixture_clear(&f);
 }
 
 int main(int argc, char **argv)
@@ -877,6 +914,7 @@ int main(int argc, char **argv)
     g_test_add_func("/layers/names", test_names);
     g_test_add_func("/layers/depth-capped", test_depth_capped);
     g_test_add_func("/layers/hostile-catalogue", test_hostile_catalogue);
+    g_test_add_func("/layers/used-up", test_used_up);
     g_test_add_func("/layers/random", test_random);
     return g_test_run();
 }
