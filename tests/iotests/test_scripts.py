@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The scripts that guard the tree: each must fail on what it is there for."""
 
+import json
 import os
 import re
 import shutil
@@ -206,6 +207,53 @@ class QmpDocsTest(bale_iotests.TestCase):
                         file.read(), re.M):
                     if entity != 'bale-blockdev-options':
                         self.assertIn(f'\n### {entity}\n', page, kind)
+
+
+class RenderTest(TreeTestCase):
+    """The parts of docs/performance.md that need no gnuplot."""
+
+    MACHINE = {'cpu': 'abacus', 'cores': 7, 'memory_mib': 1, 'kernel': 'k',
+               'qemu': 'q', 'load_before': 0.5}
+
+    def results(self, bench, summary, **more):
+        with open(f'{bench}.json', 'w', encoding='utf-8') as file:
+            json.dump({'bench': bench, 'machine': self.MACHINE, 'rounds': 3,
+                       'date': '2026-01-02', 'summary': summary, **more},
+                      file)
+        return f'{bench}.json'
+
+    def test_writes_what_the_guests_felt(self):
+        self.take('render-performance')
+        os.mkdir('docs')
+        shutil.copy(os.path.join(TOP, 'docs/performance.md'), 'docs')
+        with open('docs/performance.md', encoding='utf-8') as file:
+            before = file.read()
+        value = {'median': 2.5, 'min': 1.25, 'max': 4e6}
+        ends = {key: value for key in (
+            'full_s', 'incremental_s', 'restore_s', 'full_bytes',
+            'incremental_bytes', 'p50_ms', 'p99_ms', 'calm_p50_ms',
+            'calm_p99_ms')}
+        row = {key: value for key in ('p50_s', 'p99_s', 'worst_s', 'times',
+                                      'backup_s', 'bytes')}
+        run('scripts/render-performance',
+            self.results('guest', {'bale': ends, 'qcow2': ends}),
+            self.results('guest_latency', {'no backup': row, 'gently': row},
+                         mib=11), check=0)
+        with open('docs/performance.md', encoding='utf-8') as file:
+            page = file.read()
+        full = '2.50 (1.25–4000000.00)'
+        for line in (f'| full backup, seconds | {full} | {full} |',
+                     '| full backup, MB | 0.00 (0.00–4.00) | '
+                     '0.00 (0.00–4.00) |',
+                     '11 MiB, 3 rounds', '| gently | 2500.00 (1250.00–',
+                     '| 2.5 (1.2–4000000.0) | 2500 | 2.5 | 0 |'):
+            self.assertIn(line, page)
+        self.assertEqual(page.count('on abacus, 7 cores'), 2)
+        # What other benchmarks wrote, and the text, has stayed
+        for text in (page, before):
+            self.assertIn('## What limits it', text)
+        self.assertEqual(*(text.partition('<!-- begin: guest')[0]
+                           for text in (page, before)))
 
 
 class HeadersTest(bale_iotests.TestCase):
