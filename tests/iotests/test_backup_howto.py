@@ -7,8 +7,8 @@ import re
 
 import bale_iotests
 from bale_backup import MIB, Disk, Machine, SYSTEM, same
-from bale_images import check
-from bale_iotests import BUILD, TOP, qemu_img_info, run
+from bale_images import check, compare
+from bale_iotests import BUILD, TOP, bale, qemu_img_info, run
 
 CLIENT = f'{TOP}/scripts/bale-backup'
 
@@ -48,10 +48,10 @@ class ClientTest(bale_iotests.TestCase):
         self.python = run(f'{TOP}/scripts/qemu-headers', '--quiet',
                           check=0).out.strip() + '/python'
 
-    def client(self, vm, *args, check_status=0):
+    def client(self, vm, *args, check_status=0, options=(), where='backups'):
         kind, *nodes = args
-        return run('/usr/bin/python3', CLIENT, kind, self.other(vm),
-                   'backups', *nodes, check=check_status,
+        return run('/usr/bin/python3', CLIENT, *options, kind, self.other(vm),
+                   where, *nodes, check=check_status,
                    env={'PYTHONPATH': self.python,
                         'BALE_TOOL': f'{BUILD}/tools/bale'})
 
@@ -87,6 +87,55 @@ class ClientTest(bale_iotests.TestCase):
                          qemu_img_info(points[6][1]))
         self.assertEqual(qemu_img_info(points[8][1])['backing-filename'],
                          os.path.basename(points[6][1]))
+
+    def test_gently_and_through_a_cache(self):
+        disks = [Disk(self, 'd0'), Disk(self, 'd1', 12 * MIB)]
+        names = [disk.name for disk in disks]
+        points = []
+        with self.machine(*disks) as vm:
+            for kind, pending, *options in (
+                    ('full', 0, '--gently'),
+                    ('incremental', 0, '--gently', '--speed', '50000000'),
+                    ('incremental', 2, '--cache', str(2 * MIB)),
+                    ('compare', 2, '--cache', str(64 * MIB)),
+                    ('full', 2, '--cache', str(64 * MIB), '--gently')):
+                raws = [disk.freeze(len(points)) for disk in disks]
+                done = self.client(vm, kind, *names, options=options)
+                points += zip(raws, done.out.split())
+                vm.command('query-jobs')
+                self.assertEqual([e['event'] for e in vm.events].count(
+                    'BLOCK_JOB_PENDING'), pending, options)
+                vm.events.clear()
+                self.assertEqual(vm.command('query-seqcache'), [])
+                self.assertEqual(vm.command('query-bale'), [])
+                for disk in disks:
+                    vm.write(disk)
+        self.assertEqual(len(points), 10)
+        for raw, image in points:
+            check(image)
+            same(raw, image)
+
+    def test_no_space_behind_a_cache(self):
+        """The job is told, by the cache, when it has written all already."""
+        disk = Disk(self, 'd', used=72 * MIB)
+        bale('create', '--max-size', '18M', '-o', 'page_size=2M,image=other',
+             'x.bale', '1M', check=0)
+        options = ['--cache', str(64 * MIB), '--compression', 'none']
+        with self.machine(disk) as vm:
+            failed = self.client(vm, 'full', 'd', options=options,
+                                 where='x.bale', check_status=1)
+            self.assertIn('No space left on device', failed.err)
+            self.assertEqual(vm.command('query-seqcache'), [])
+            self.assertEqual(vm.command('query-bale'), [])
+            self.assertEqual(self.bitmaps(vm, 'd'), [])
+            self.assertNotIn('d/', bale('image', 'list', 'x.bale').out)
+            bale('set', '--max-size', '100M', 'x.bale', check=0)
+            raw = disk.freeze('then')
+            vm.write(disk, [])
+            image = self.client(vm, 'full', 'd', options=options,
+                                where='x.bale').out.split()[1]
+        bale('export', '-i', image, 'x.bale', 'out.raw', check=0)
+        compare(raw, 'out.raw', '-f', 'raw', '-F', 'raw')
 
     def test_a_failed_one_leaves_nothing_and_loses_nothing(self):
         disk = Disk(self, 'd')
