@@ -90,8 +90,10 @@ class Qemu:
 
     def command(self, name, /, **arguments):
         """The return value; underscores in names of arguments are dashes."""
-        arguments = {key.replace('_', '-'): value
-                     for key, value in arguments.items()}
+        return self.execute(name, {key.replace('_', '-'): value
+                                   for key, value in arguments.items()})
+
+    def execute(self, name, arguments):
         self.socket.sendall(json.dumps({
             'execute': name, 'arguments': arguments}).encode() + b'\n')
         while True:
