@@ -306,21 +306,82 @@ static GSList *find_reopen_nodes(const QList *list, Error **errp)
     return g_steal_pointer(&nodes);
 }
 
+static BlockDriverState *find_undrained(BlockDriverState *bs,
+                                        GPtrArray *drained, GHashTable *seen)
+{
+    BdrvChild *c;
+
+    if (!g_hash_table_add(seen, bs)) {
+        return NULL;
+    }
+    if (!g_ptr_array_find(drained, bs, NULL)) {
+        return bs;
+    }
+    QLIST_FOREACH(c, &bs->children, next) {
+        BlockDriverState *found = find_undrained(c->bs, drained, seen);
+
+        if (found) {
+            return found;
+        }
+    }
+    return NULL;
+}
+
 /*
- * What blockdev-reopen does, but for the drained section: QEMU 7.2 drains the
- * subtrees of the nodes and loses count when children change (it aborts).
+ * Drain @top and all that is under it, node by node; @drained has them, and a
+ * reference to each.  In QEMU 7.2 sections that drain a subtree, or all nodes,
+ * lose count when children change inside: it aborts, or a node stays drained.
  */
+static void drain_subtree(BlockDriverState *top, GPtrArray *drained)
+{
+    for (;;) {
+        g_autoptr(GHashTable) seen = g_hash_table_new(NULL, NULL);
+        BlockDriverState *bs = find_undrained(top, drained, seen);
+        AioContext *ctx;
+
+        if (!bs) {
+            return;
+        }
+        bdrv_ref(bs);
+        g_ptr_array_add(drained, bs);
+        ctx = bdrv_get_aio_context(bs);
+        aio_context_acquire(ctx);
+        bdrv_drained_begin(bs); /* polls: what is under @top may change */
+        aio_context_release(ctx);
+    }
+}
+
+static void end_drained(gpointer node)
+{
+    BlockDriverState *bs = node;
+    AioContext *ctx = bdrv_get_aio_context(bs);
+
+    aio_context_acquire(ctx);
+    bdrv_drained_end(bs);
+    bdrv_unref(bs);
+    aio_context_release(ctx);
+}
+
+/* What blockdev-reopen does. */
 static void reopen_nodes(const QList *list, Error **errp)
 {
     ERRP_GUARD();
     g_autoptr(GSList) nodes = find_reopen_nodes(list, errp);
+    g_autoptr(GPtrArray) drained =
+        g_ptr_array_new_with_free_func(end_drained);
     BlockReopenQueue *queue = NULL;
     const QListEntry *element = qlist_first(list);
 
     if (*errp) {
         return;
     }
-    bdrv_drain_all_begin();
+    for (GSList *l = nodes; l; l = l->next) {
+        bdrv_ref(l->data); /* while others are drained */
+    }
+    for (GSList *l = nodes; l; l = l->next) {
+        drain_subtree(l->data, drained);
+        bdrv_unref(l->data);
+    }
     for (GSList *l = nodes; l; l = l->next, element = qlist_next(element)) {
         AioContext *ctx = bdrv_get_aio_context(l->data);
         QDict *flat = qdict_clone_shallow(
@@ -332,7 +393,6 @@ static void reopen_nodes(const QList *list, Error **errp)
         aio_context_release(ctx);
     }
     bdrv_reopen_multiple(queue, errp);
-    bdrv_drain_all_end();
 }
 
 /* --- commands taken over --- */

@@ -107,6 +107,33 @@ class NodeTest(Base):
                     qemu, 'blockdev-reopen', **reopen(), more={}))
             self.content('b.bale', 2)
 
+    def test_reopen_on_another_file_node(self):
+        """Nodes that were drained for it must not stay so."""
+        self.images('a.bale', 'b.bale')
+        with Qemu('qemu-system-x86_64') as qemu:
+            self.add(qemu, 'a.bale', 'a')
+            self.add(qemu, 'b.bale', 'b', backing='a')
+            qemu.command('object-add', qom_type='throttle-group', id='g')
+            qemu.command('blockdev-add', driver='throttle', node_name='slow',
+                         throttle_group='g', file='b-file')
+            qemu.command('blockdev-add', driver='raw', node_name='raw',
+                         file='b-file')
+            for number, below in enumerate(('raw', 'slow', 'b-file', 'raw',
+                                            'b-file')):
+                qemu.command('blockdev-reopen', options=[{
+                    'driver': 'bale', 'node-name': 'b', 'file': below,
+                    'backing': None if number % 2 else 'a'}])
+                for node in ('b', below, 'b-file', 'a'):
+                    qemu.hmp(f'qemu-io {node} "read 0 4k"')
+                qemu.hmp(f'qemu-io b "write -P {number + 5} 12M 64k"')
+                qemu.hmp('qemu-io b flush')
+            said = qemu.process.output()
+            self.assertNotRegex(said, 'failed|rror')
+            self.assertEqual(said.count('wrote 65536/65536'), 5)
+        io('b.bale', 'read -P 9 12M 64k')
+        self.content('b.bale', 2)
+        check('b.bale')
+
     def test_create_and_amend_refuse(self):
         for program in PROGRAMS:
             with Qemu(program) as qemu:
