@@ -17,9 +17,9 @@ places of a disk, 200 times a second, and each write is timed. Rows:
                    MB/s; with a seqcache it is finalized when that is empty
 
 Variants run in turn, several rounds; what is printed is the median of the
-rounds' p50 and p99, how often that of the round without a backup the p99 is, how
-long the backup took, and the size of its file. Results go to a JSON file, from
-which scripts/render-performance writes docs/performance.md.
+rounds' p50 and p99, how often that of the round without a backup the p99 is,
+how long the backup took, and the size of its file. Results go to a JSON file,
+from which scripts/render-performance writes docs/performance.md.
 
   tests/bench/bench_guest_latency.py [--size MIB] [--rounds N] [--dir DIR]
                                      [--out FILE] [--variant TEXT]...
