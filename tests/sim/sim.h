@@ -145,7 +145,7 @@ typedef struct World {
     Oracle *oracle;
     uint32_t next_value;
     uint8_t *buf;       /* max_sectors long */
-    GMutex story_lock;  /* while a step runs, the store's threads tell, too */
+    pthread_mutex_t story_lock; /* the store's threads tell, too */
     GString *story;     /* NULL: nobody wants it */
     unsigned workers;
     bool quiet;         /* the maintenance thread does what it has to between

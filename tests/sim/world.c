@@ -265,6 +265,7 @@ World *world_new(const Geometry *geo, BaleDevice *sim)
     w->next_value = VALUE_FIRST;
     w->buf = g_malloc((size_t)w->max_sectors * SECTOR);
     w->workers = 1;
+    pthread_mutex_init(&w->story_lock, NULL);
     return w;
 }
 
@@ -283,6 +284,7 @@ void world_free(World *w)
     if (w->story) {
         g_string_free(w->story, TRUE);
     }
+    pthread_mutex_destroy(&w->story_lock);
     g_free(w);
 }
 
@@ -294,11 +296,11 @@ static void world_tell(World *w, const char *fmt, ...)
     va_list ap;
 
     if (w->story) {
-        g_mutex_lock(&w->story_lock);
+        pthread_mutex_lock(&w->story_lock);
         va_start(ap, fmt);
         g_string_append_vprintf(w->story, fmt, ap);
         va_end(ap);
-        g_mutex_unlock(&w->story_lock);
+        pthread_mutex_unlock(&w->story_lock);
     }
 }
 

@@ -5,6 +5,7 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
 #include <errno.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -584,8 +585,8 @@ static void test_model(gconstpointer opaque)
 
 typedef struct Flight {
     Fixture *f;
-    GMutex lock;
-    GCond cond;
+    pthread_mutex_t lock;
+    pthread_cond_t cond;
     unsigned under_way;
 } Flight;
 
@@ -604,10 +605,10 @@ static void flight_done(void *opaque, int ret)
     g_assert_cmpint(ret, ==, 0);
     g_free(r->iov.iov_base);
     g_free(r);
-    g_mutex_lock(&flight->lock);
+    pthread_mutex_lock(&flight->lock);
     flight->under_way--;
-    g_cond_signal(&flight->cond);
-    g_mutex_unlock(&flight->lock);
+    pthread_cond_signal(&flight->cond);
+    pthread_mutex_unlock(&flight->lock);
 }
 
 /*
@@ -621,13 +622,12 @@ static void test_parallel_partial_writes(void)
     g_autoptr(GRand) rand = g_rand_new_with_seed(test_seed());
     unsigned n = IMAGE_SIZE / 3072;
     g_autofree unsigned *order = g_new(unsigned, n);
-    Flight flight = { .under_way = 0 };
+    Flight flight = { .lock = PTHREAD_MUTEX_INITIALIZER,
+                      .cond = PTHREAD_COND_INITIALIZER };
     Fixture f;
 
     fixture_init(&f, BALE_CODEC_DEFLATE);
     flight.f = &f;
-    g_mutex_init(&flight.lock);
-    g_cond_init(&flight.cond);
     for (unsigned i = 0; i < n; i++) {
         order[i] = i;
     }
@@ -648,22 +648,22 @@ static void test_parallel_partial_writes(void)
             ((uint8_t *)r->iov.iov_base)[k] = order[i] * 7 + k / 100;
         }
         memcpy(model + r->pos, r->iov.iov_base, 3072);
-        g_mutex_lock(&flight.lock);
+        pthread_mutex_lock(&flight.lock);
         while (flight.under_way >= 64) {
-            g_cond_wait(&flight.cond, &flight.lock);
+            pthread_cond_wait(&flight.cond, &flight.lock);
         }
         flight.under_way++;
-        g_mutex_unlock(&flight.lock);
+        pthread_mutex_unlock(&flight.lock);
         bale_image_write(f.image, r->pos, &r->iov, 1, 0, flight_done, r);
         if (i % 500 == 0) {
             g_assert_cmpint(bale_store_flush_sync(f.store), ==, 0);
         }
     }
-    g_mutex_lock(&flight.lock);
+    pthread_mutex_lock(&flight.lock);
     while (flight.under_way) {
-        g_cond_wait(&flight.cond, &flight.lock);
+        pthread_cond_wait(&flight.cond, &flight.lock);
     }
-    g_mutex_unlock(&flight.lock);
+    pthread_mutex_unlock(&flight.lock);
     check_equal(&f, model, IMAGE_SIZE);
     check_clean(&f);
     fixture_close(&f);
