@@ -15,6 +15,7 @@ places of a disk, 200 times a second, and each write is timed. Rows:
                    gentle: see docs/backup.md)
   gently           the job has one request of 64 KiB under way and at most 100
                    MB/s; with a seqcache it is finalized when that is empty
+  slow job         at most 20 MB/s, what the target takes
 
 Variants run in turn, several rounds; what is printed is the median of the
 rounds' p50 and p99, how often that of the round without a backup the p99 is,
@@ -53,7 +54,9 @@ GENTLY = {'x_perf': {'max-workers': 1, 'max-chunk': 65536},
           'speed': 100_000_000}
 VARIANTS = ['no backup', 'bale', 'bale, gently', 'qcow2', 'bale 20 MB/s',
             'bale 20 MB/s, gently', 'bale 20 MB/s +seqcache',
-            'bale 20 MB/s +seqcache, gently', 'bale 20 MB/s, fleecing',
+            'bale 20 MB/s +seqcache, gently',
+            'bale 20 MB/s +seqcache, gently, slow job',
+            'bale 20 MB/s, fleecing',
             'bale 20 MB/s, fleecing, gently']
 
 
@@ -126,9 +129,13 @@ def has_ended(vm):
     """Whether the job is gone; finalizes it once nothing waits in a cache."""
     jobs = vm.command('query-jobs')
     if jobs and jobs[0]['status'] == 'pending' and \
-            vm.command('query-seqcache')[0]['bytes-dirty'] == 0:
+            is_empty(*vm.command('query-seqcache')):
         vm.command('job-finalize', id='j')
     return not jobs
+
+
+def is_empty(cache):
+    return cache['bytes-dirty'] + cache['bytes-writing'] == 0
 
 
 def measure(variant, raw, seed):
@@ -168,6 +175,8 @@ def measure(variant, raw, seed):
             options = dict(GENTLY) if 'gently' in variant else {}
             if 'seqcache, gently' in variant:
                 options['auto_finalize'] = False
+            if 'slow job' in variant:
+                options['speed'] = SLOW
             vm.command('blockdev-backup', job_id='j', device=source,
                        target='target', sync='full',
                        compress=variant == 'qcow2', **options)
