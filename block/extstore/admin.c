@@ -41,14 +41,11 @@ static void patches_resumed(BaleStore **s)
 bool bale_admin_error(GError **errp, int ret, const char *what,
                       const char *too_many)
 {
-    g_set_error(errp, BALE_STORE_ERROR,
-                ret == -ENOSPC   ? BALE_STORE_ERROR_NO_SPACE
-                : ret == -ENOMEM ? BALE_STORE_ERROR_NO_MEMORY
-                : ret == -EROFS  ? BALE_STORE_ERROR_READ_ONLY
-                : ret == -EFBIG  ? BALE_STORE_ERROR_INVALID
-                                 : BALE_STORE_ERROR_IO,
-                "%s: %s", what,
-                ret == -EFBIG ? too_many : g_strerror(-ret));
+    if (ret != -EFBIG) {
+        return bale_error_set(errp, ret, what);
+    }
+    g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_INVALID, "%s: %s",
+                what, too_many);
     return false;
 }
 

@@ -54,16 +54,6 @@
 /* Marks tried while pages are opened at the same time. */
 #define MARK_ATTEMPTS_MAX 8
 
-bool bale_checkpoint_error(GError **errp, int ret, const char *what)
-{
-    g_set_error(errp, BALE_STORE_ERROR,
-                ret == -ENOSPC   ? BALE_STORE_ERROR_NO_SPACE
-                : ret == -ENOMEM ? BALE_STORE_ERROR_NO_MEMORY
-                                 : BALE_STORE_ERROR_IO,
-                "%s: %s", what, g_strerror(-ret));
-    return false;
-}
-
 /* One round: the new generation to copies @first and @first + 2, flushed. */
 static int super_write_round(BaleStore *s, unsigned first, uint8_t *block)
 {
@@ -600,7 +590,7 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
     if (ret < 0) {
         writer_give_up(&w);
         writer_destroy(&w);
-        return bale_checkpoint_error(errp, ret, "writing a checkpoint");
+        return bale_error_set(errp, ret, "writing a checkpoint");
     }
 
     writer_name(&w, &root);
@@ -630,7 +620,7 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
     }
     writer_destroy(&w);
     return ret == 0 ||
-           bale_checkpoint_error(errp, ret, "writing the superblocks");
+           bale_error_set(errp, ret, "writing the superblocks");
 }
 
 /* --- while the store is in use --- */

@@ -594,11 +594,7 @@ bool bale_store_compact(BaleStore *s, const BaleCompactOptions *o,
         pthread_mutex_unlock(&s->log_lock);
     }
     if (ret < 0 && !cmd.cancelled) {
-        g_set_error(errp, BALE_STORE_ERROR,
-                    ret == -ENOSPC  ? BALE_STORE_ERROR_NO_SPACE
-                    : ret == -EROFS ? BALE_STORE_ERROR_READ_ONLY
-                                    : BALE_STORE_ERROR_IO,
-                    "compacting the store: %s", g_strerror(-ret));
+        bale_error_set(errp, ret, "compacting the store");
     }
     return ret == 0 || cmd.cancelled;
 }

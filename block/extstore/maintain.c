@@ -312,7 +312,7 @@ bool bale_store_checkpoint_running(BaleStore *s, GError **errp)
     }
     pthread_mutex_unlock(&s->log_lock);
     if (ret < 0) {
-        bale_checkpoint_error(errp, ret, "writing a checkpoint");
+        bale_error_set(errp, ret, "writing a checkpoint");
     }
     return ret == 0;
 }

@@ -404,7 +404,7 @@ RecoverResult bale_recover_exact(BaleStore *s, GError **errp)
     }
     bale_checkpoint_close(&c);
     if (ret == -ENOMEM) {
-        bale_recover_set_error(errp, ret, "reading the checkpoint");
+        bale_error_set(errp, ret, "reading the checkpoint");
         return RECOVER_FAILED;
     }
     return ret == 0 ? RECOVER_OK : RECOVER_DAMAGED;

@@ -111,7 +111,6 @@ typedef struct Scan {
 /* recover.c */
 void bale_recover_report(BaleStore *s, const char *fmt, ...)
     G_GNUC_PRINTF(2, 3);
-void bale_recover_set_error(GError **errp, int ret, const char *what);
 
 typedef enum RecoverResult {
     RECOVER_OK,

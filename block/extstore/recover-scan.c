@@ -662,7 +662,7 @@ bool bale_recover_scan(BaleStore *s, GError **errp)
         ret = scan.ret < 0 ? scan.ret : bale_scan_apply(&scan);
     }
     if (ret < 0) {
-        bale_recover_set_error(errp, ret, "scanning the store");
+        bale_error_set(errp, ret, "scanning the store");
     } else if (!s->catalogue_address) {
         g_set_error(errp, BALE_STORE_ERROR, BALE_STORE_ERROR_CORRUPT,
                     "no image record can be read in this store");

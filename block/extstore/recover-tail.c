@@ -154,7 +154,7 @@ RecoverResult bale_recover_tail(BaleStore *s, const BaleCheckpointRef *ref,
     if (ret == 0) {
         ret = tail_scan(&scan);
         if (ret < 0 && ret != -ENOMEM) {
-            bale_recover_set_error(errp, ret, "reading the store");
+            bale_error_set(errp, ret, "reading the store");
             result = RECOVER_FAILED;
             goto out;
         }
@@ -171,7 +171,7 @@ RecoverResult bale_recover_tail(BaleStore *s, const BaleCheckpointRef *ref,
         s->appended = tail_bytes(&scan);
         s->corrupt |= scan.lost || c.lost;
     } else if (ret == -ENOMEM) {
-        bale_recover_set_error(errp, ret, "reading the checkpoint");
+        bale_error_set(errp, ret, "reading the checkpoint");
         result = RECOVER_FAILED;
     } else {
         result = RECOVER_DAMAGED;

@@ -27,14 +27,6 @@ void bale_recover_report(BaleStore *s, const char *fmt, ...)
     va_end(ap);
 }
 
-void bale_recover_set_error(GError **errp, int ret, const char *what)
-{
-    g_set_error(errp, BALE_STORE_ERROR,
-                ret == -ENOMEM ? BALE_STORE_ERROR_NO_MEMORY
-                               : BALE_STORE_ERROR_IO,
-                "%s: %s", what, g_strerror(-ret));
-}
-
 static RecoverResult recover_from(BaleStore *s, const BaleCheckpointRef *ref,
                                   bool clean, GError **errp)
 {

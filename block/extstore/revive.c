@@ -182,11 +182,8 @@ bool bale_store_revive(BaleStore *s, GError **errp)
     pthread_rwlock_unlock(&s->session_lock);
     bale_maintain_resume(s);
     if (ret < 0) {
-        g_set_error(errp, BALE_STORE_ERROR,
-                    ret == -ENOMEM ? BALE_STORE_ERROR_NO_MEMORY
-                                   : BALE_STORE_ERROR_IO,
-                    "writing again what the failed store had not made "
-                    "durable: %s", g_strerror(-ret));
+        bale_error_set(errp, ret, "writing again what the failed store had "
+                                  "not made durable");
         return false;
     }
     if (failed && s->options.revived) {

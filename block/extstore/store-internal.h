@@ -564,7 +564,10 @@ int bale_checkpoint_running(BaleStore *s);
 /* Write all superblocks, in two rounds. */
 int bale_supers_write(BaleStore *s);
 
-/* store.c: wait for read-ahead and write-outs */
+/* store.c */
+/* Say that @what failed with @ret, a negative errno.  False. */
+bool bale_error_set(GError **errp, int ret, const char *what);
+/* Wait for read-ahead and write-outs. */
 void bale_store_quiesce(BaleStore *s);
 
 /* recover.c */
@@ -639,6 +642,10 @@ void bale_catalogue_collect(BaleCatalogue *cat);
 int bale_catalogue_install(BaleStore *s, BaleCatalogue *next);
 /* The same in use, durably; under admin_lock. */
 int bale_catalogue_commit(BaleStore *s, BaleCatalogue *next);
+
+/* admin.c: the same as bale_error_set(); @too_many is what -EFBIG means. */
+bool bale_admin_error(GError **errp, int ret, const char *what,
+                      const char *too_many);
 
 /* bitmap.c: what becomes of the bitmaps of image @id when that changes. */
 void bale_bitmaps_spoil(BaleCatalogue *cat, uint32_t id);
@@ -853,14 +860,5 @@ void bale_cache_drop(BaleCache *cache, uint64_t cluster, uint64_t value);
 void bale_cache_get_stats(BaleCache *cache, BaleStoreStats *stats);
 /* Clusters read ahead that were asked for, or dropped unread, so far. */
 void bale_cache_ahead(BaleCache *cache, uint64_t *used, uint64_t *wasted);
-
-/* Say that @what failed with @ret.  False. */
-bool bale_checkpoint_error(GError **errp, int ret, const char *what);
-
-/* --- admin.c --- */
-
-/* Say that @what failed with @ret; @too_many is what -EFBIG means.  False. */
-bool bale_admin_error(GError **errp, int ret, const char *what,
-                      const char *too_many);
 
 #endif

@@ -59,6 +59,16 @@ static bool store_error(GError **errp, BaleStoreErrorCode code,
     return false;
 }
 
+bool bale_error_set(GError **errp, int ret, const char *what)
+{
+    return store_error(errp,
+                       ret == -ENOSPC   ? BALE_STORE_ERROR_NO_SPACE
+                       : ret == -ENOMEM ? BALE_STORE_ERROR_NO_MEMORY
+                       : ret == -EROFS  ? BALE_STORE_ERROR_READ_ONLY
+                                        : BALE_STORE_ERROR_IO,
+                       "%s: %s", what, g_strerror(-ret));
+}
+
 void bale_sync_done(void *opaque, int ret)
 {
     BaleSync *sync = opaque;
@@ -448,10 +458,7 @@ bool bale_store_create(BaleDevice *dev, const BaleCreateOptions *o,
     super.uuid[8] = (super.uuid[8] & 0x3f) | 0x80;
     ret = create_wipe(dev);
     if (ret < 0) {
-        return store_error(errp,
-                           ret == -ENOSPC ? BALE_STORE_ERROR_NO_SPACE
-                                          : BALE_STORE_ERROR_IO,
-                           "writing the super area: %s", g_strerror(-ret));
+        return bale_error_set(errp, ret, "writing the super area");
     }
     if (!device_set_geometry(dev, super.page_size, errp)) {
         return false;
@@ -670,10 +677,7 @@ static bool store_checkpoint(BaleStore *s, CheckpointThen then, bool *again,
     bale_maintain_pause(s);
     bale_store_quiesce(s);
     if (ret < 0) {
-        return store_error(errp,
-                           ret == -ENOSPC ? BALE_STORE_ERROR_NO_SPACE
-                                          : BALE_STORE_ERROR_IO,
-                           "flushing the store: %s", g_strerror(-ret));
+        return bale_error_set(errp, ret, "flushing the store");
     }
     pthread_rwlock_wrlock(&s->session_lock);
     if (store_failed(s)) {
@@ -791,11 +795,7 @@ bool bale_store_set_max_size(BaleStore *s, uint64_t bytes, GError **errp)
         store_limit(s, before);
     }
     pthread_rwlock_unlock(&s->session_lock);
-    return ret == 0 ||
-           store_error(errp, ret == -EROFS    ? BALE_STORE_ERROR_READ_ONLY
-                             : ret == -ENOSPC ? BALE_STORE_ERROR_NO_SPACE
-                                              : BALE_STORE_ERROR_IO,
-                       "setting the maximum size: %s", g_strerror(-ret));
+    return ret == 0 || bale_error_set(errp, ret, "setting the maximum size");
 }
 
 void bale_store_set_cache_size(BaleStore *s, uint64_t bytes)
