@@ -403,6 +403,7 @@ static void op_read_lookup(BaleClusterOp *op, BaleReadRun **runs)
     BaleRequest *req = op->req;
     BaleImage *image = req->image;
     BaleStore *s = image->store;
+    BaleCacheWaiter *waiter;
     const uint8_t *src;
     uint64_t page, offset;
     bool joined = true;
@@ -461,11 +462,12 @@ static void op_read_lookup(BaleClusterOp *op, BaleReadRun **runs)
         }
     }
 
+    waiter = req->kind == REQUEST_READ ? &op->waiter : NULL;
     if (op_is_kept(op) &&
         !bale_cache_load_begin(s->cache, &op->load, op->cluster, op->value,
-                               req->kind == REQUEST_READ ? &op->waiter
-                                                         : NULL)) {
-        if (req->kind == REQUEST_READAHEAD) {
+                               waiter)) {
+        /* One who waits may have ended by now, and @op with it. */
+        if (!waiter) {
             bale_op_done(op, 0);
         }
         return;
