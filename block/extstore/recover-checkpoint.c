@@ -240,10 +240,11 @@ static int load_parts(Checkpoint *c, uint32_t kind)
 
 /* --- the checkpoint --- */
 
+/* The root is the last record of a checkpoint; *@seq is its sequence. */
 static int load_root(BaleStore *s, const BaleCheckpointRef *ref,
-                     BaleRoot *root, uint8_t **payload)
+                     BaleRoot *root, uint64_t *seq, uint8_t **payload)
 {
-    BaleRecord r;
+    BaleRecord r = { .seq = 0 };
     int ret;
 
     if (ref->address < BALE_SUPER_SIZE) {
@@ -255,6 +256,7 @@ static int load_root(BaleStore *s, const BaleCheckpointRef *ref,
                      bale_root_decode(root, *payload, r.payload_len) < 0)) {
         ret = -EIO;
     }
+    *seq = r.seq;
     return ret;
 }
 
@@ -278,7 +280,7 @@ static int check_parts(Checkpoint *c)
 int bale_checkpoint_open(Checkpoint *c, BaleStore *s,
                          const BaleCheckpointRef *ref, bool exact)
 {
-    uint64_t page, offset;
+    uint64_t page, offset, seq;
     int ret;
 
     *c = (Checkpoint){ .s = s, .ref = *ref, .exact = exact };
@@ -286,13 +288,14 @@ int bale_checkpoint_open(Checkpoint *c, BaleStore *s,
                    ? 0
                    : (s->dev_info.size - BALE_SUPER_SIZE) / s->page_size + 1;
     c->stale = g_array_new(FALSE, FALSE, sizeof(StaleCluster));
-    ret = load_root(s, ref, &c->root, &c->payload);
+    ret = load_root(s, ref, &c->root, &seq, &c->payload);
     if (ret == 0) {
         ret = check_parts(c);
     }
     if (ret < 0) {
         return ret;
     }
+    c->end_seq = seq + 1;
     if (exact && c->root.pages > c->pages) {
         return -EIO;
     }
@@ -377,9 +380,10 @@ void bale_checkpoint_note(Checkpoint *c, const BaleCheckpointRef *previous)
     BaleStore *s = c->s;
     g_autofree uint8_t *payload = NULL;
     BaleRoot root;
+    uint64_t seq;
 
     note_records(s, s->checkpoint, &c->ref, &c->root, c->payload);
-    if (load_root(s, previous, &root, &payload) == 0) {
+    if (load_root(s, previous, &root, &seq, &payload) == 0) {
         note_records(s, s->previous, previous, &root, payload);
     }
     for (guint i = 0; i < s->checkpoint->len; i++) {

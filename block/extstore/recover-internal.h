@@ -75,6 +75,7 @@ typedef struct Checkpoint {
     BaleCheckpointRef ref;
     bool exact;        /* there is no tail */
     BaleRoot root;
+    uint64_t end_seq;  /* nothing of the checkpoint has this or a higher one */
     uint8_t *payload;  /* of the root */
     uint64_t pages;    /* that the device has */
     uint64_t cut;      /* pages from this address on may have been cut off */

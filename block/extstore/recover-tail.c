@@ -167,7 +167,9 @@ RecoverResult bale_recover_tail(BaleStore *s, const BaleCheckpointRef *ref,
     }
     if (ret == 0) {
         bale_checkpoint_note(&c, newest ? &s->super.previous : &none);
+        /* Records of the checkpoint itself are younger than its mark. */
         s->next_seq = MAX(s->next_seq, c.root.next_seq);
+        s->next_seq = MAX(s->next_seq, c.end_seq);
         s->appended = tail_bytes(&scan);
         s->corrupt |= scan.lost || c.lost;
     } else if (ret == -ENOMEM) {

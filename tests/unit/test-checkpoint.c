@@ -218,6 +218,42 @@ static void test_damaged(void)
     fixture_close(&f);
 }
 
+/*
+ * What a store that was killed changes after its newest checkpoint is newer
+ * than that: also for who has only the checkpoint before, or none.
+ */
+static void test_change_survives_damage(void)
+{
+    for (unsigned damaged = 1; damaged <= 2; damaged++) {
+        BaleSnapshotInfo info = { .name = "s" };
+        g_autoptr(GArray) list = NULL;
+        g_autoptr(GError) err = NULL;
+        Fixture f;
+
+        fixture_init(&f, sizeof(f.model));
+        fixture_write(&f, 0, 32, 1);
+        fixture_checkpoint(&f);
+        fixture_write(&f, 8, 4, 60);
+        fixture_checkpoint(&f);
+        fixture_kill(&f);
+        fixture_open(&f);
+        g_assert_true(bale_snapshot_create(f.store, NULL, &info, &err));
+        g_assert_no_error(err);
+        fixture_kill(&f);
+        damage_root(&f, 96);
+        if (damaged == 2) {
+            damage_root(&f, 136);
+        }
+        fixture_open(&f);
+        g_assert_cmpuint(f.complaints, ==, 1);
+        list = bale_snapshot_list(f.store, NULL, &err);
+        g_assert_no_error(err);
+        g_assert_cmpuint(list->len, ==, 1);
+        check_same(&f);
+        fixture_close(&f);
+    }
+}
+
 /* A clean store, too, has one to fall back to. */
 static void test_damaged_clean(void)
 {
@@ -441,6 +477,8 @@ int main(int argc, char **argv)
     g_test_add_func("/checkpoint/only-the-tail", test_only_the_tail);
     g_test_add_func("/checkpoint/nothing-after-it", test_nothing_after_it);
     g_test_add_func("/checkpoint/damaged", test_damaged);
+    g_test_add_func("/checkpoint/change-survives-damage",
+                    test_change_survives_damage);
     g_test_add_func("/checkpoint/damaged-clean", test_damaged_clean);
     g_test_add_func("/checkpoint/pages-reused", test_pages_reused);
     g_test_add_func("/checkpoint/slow-reader", test_slow_reader);
