@@ -86,6 +86,19 @@ static bool page_compactable(const BalePage *p)
            p->end > 0;
 }
 
+/* At least @percent of garbage, and opened up to @order; under log_lock. */
+static bool page_wanted(const BalePage *p, unsigned percent, uint64_t order)
+{
+    return page_compactable(p) && p->order <= order && !p->compact_stuck &&
+           page_garbage(p) * 100 >= p->end * percent;
+}
+
+/* Somebody compacts @p, or some of it is not on the device yet. */
+static bool page_busy(const BalePage *p)
+{
+    return p->compacting || p->in_flight;
+}
+
 /* What it is worth to compact @p in the background; under log_lock. */
 static double page_worth(BaleStore *s, const BalePage *p)
 {
@@ -111,11 +124,9 @@ static bool compact_choose(BaleStore *s, unsigned percent, uint64_t order,
         BalePage *p = bale_page(s, i);
         double worth;
 
-        if (!page_compactable(p) || p->order > order || p->compact_stuck ||
-            p->compacting || p->in_flight ||
+        if (page_busy(p) || !page_wanted(p, percent, order) ||
             /* ... which dies when the last of its readers leaves */
-            (!p->live_bytes && !p->tombstone_seq) ||
-            page_garbage(p) * 100 < p->end * percent) {
+            (!p->live_bytes && !p->tombstone_seq)) {
             continue;
         }
         worth = background ? page_worth(s, p)
@@ -131,6 +142,19 @@ static bool compact_choose(BaleStore *s, unsigned percent, uint64_t order,
     }
     *page = best;
     return best != PAGE_NONE;
+}
+
+/* Is there a page that could be chosen later?  Under log_lock. */
+static bool compact_busy(BaleStore *s, unsigned percent, uint64_t order)
+{
+    bool busy = false;
+
+    for (uint64_t i = 0; i < s->pages->len && !busy; i++) {
+        BalePage *p = bale_page(s, i);
+
+        busy = page_busy(p) && page_wanted(p, percent, order);
+    }
+    return busy;
 }
 
 /* Percent of the store that are garbage.  Under log_lock. */
@@ -157,8 +181,7 @@ static uint64_t compact_total(BaleStore *s, unsigned percent)
     for (uint64_t i = 0; i < s->pages->len; i++) {
         BalePage *p = bale_page(s, i);
 
-        if (page_compactable(p) && !p->compact_stuck &&
-            page_garbage(p) * 100 >= p->end * percent) {
+        if (page_wanted(p, percent, UINT64_MAX)) {
             total += p->end;
         }
     }
@@ -247,9 +270,8 @@ static int64_t pace_due(Pace *pace, uint64_t rate)
 }
 
 /* Wait on @cond for at most @us.  Called and returns with log_lock. */
-static void pace_wait(BaleStore *s, pthread_cond_t *cond, int64_t us)
+static void wait_us(BaleStore *s, pthread_cond_t *cond, int64_t us)
 {
-    int64_t before_us = g_get_monotonic_time();
     struct timespec until;
 
     /* When the clock is set, the wait is too short or repeated. */
@@ -258,6 +280,14 @@ static void pace_wait(BaleStore *s, pthread_cond_t *cond, int64_t us)
     until.tv_sec += until.tv_nsec / 1000000000;
     until.tv_nsec %= 1000000000;
     pthread_cond_timedwait(cond, &s->log_lock, &until);
+}
+
+/* The same, for the sake of a pace. */
+static void pace_wait(BaleStore *s, pthread_cond_t *cond, int64_t us)
+{
+    int64_t before_us = g_get_monotonic_time();
+
+    wait_us(s, cond, us);
     s->stats.compact_paced_ns += (g_get_monotonic_time() - before_us) * 1000;
 }
 
@@ -486,20 +516,31 @@ static bool command_go(void *opaque)
     return go;
 }
 
-/* The next page, held, or PAGE_NONE. */
+/*
+ * The next page, held, or PAGE_NONE.  One that the background is about to let
+ * go of for us, or to finish, is waited for: nobody would come back to it.
+ */
 static uint64_t command_choose(CompactCommand *cmd)
 {
     BaleStore *s = cmd->s;
     uint64_t page = PAGE_NONE;
+    bool busy;
 
-    pthread_mutex_lock(&s->log_lock);
-    while (s->maintain_pauses && !store_failed(s)) {
-        pthread_cond_wait(&s->log_cond, &s->log_lock);
-    }
-    if (compact_choose(s, COMPACT_COMMAND_GARBAGE, cmd->order, &page)) {
-        s->compact_held++;
-    }
-    pthread_mutex_unlock(&s->log_lock);
+    do {
+        pthread_mutex_lock(&s->log_lock);
+        while (s->maintain_pauses && !store_failed(s)) {
+            pthread_cond_wait(&s->log_cond, &s->log_lock);
+        }
+        busy = false;
+        if (compact_choose(s, COMPACT_COMMAND_GARBAGE, cmd->order, &page)) {
+            s->compact_held++;
+        } else if (!store_failed(s) &&
+                   compact_busy(s, COMPACT_COMMAND_GARBAGE, cmd->order)) {
+            busy = true;
+            wait_us(s, &s->log_cond, PACE_LOOK_US);
+        }
+        pthread_mutex_unlock(&s->log_lock);
+    } while (busy && command_progress(cmd));
     return page;
 }
 
@@ -582,6 +623,8 @@ bool bale_store_compact(BaleStore *s, const BaleCompactOptions *o,
         __atomic_fetch_add(&s->compact_running, 1, __ATOMIC_RELAXED);
         cmd.total = compact_total(s, COMPACT_COMMAND_GARBAGE);
         cmd.order = s->page_order;
+        /* The background may rest in the middle of a page. */
+        bale_maintain_signal(s, false, false);
         pthread_mutex_unlock(&s->log_lock);
         cmd.before = examined_bytes(s);
         cmd.pace.debt = &cmd.debt;

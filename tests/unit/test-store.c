@@ -432,6 +432,48 @@ static void test_compaction_gives_space_back(void)
     fixture_close(&f);
 }
 
+/* A command comes back to the page at which the background rests. */
+static void test_compaction_awaits_background(void)
+{
+    g_autofree uint8_t *model = g_malloc0(IMAGE_SIZE);
+    g_autoptr(GRand) rand = g_rand_new_with_seed(6);
+    g_autoptr(GError) err = NULL;
+    BaleCompactOptions o = { .rate = 0 };
+    BaleStoreStats stats;
+    Fixture f;
+
+    fixture_init(&f, BALE_CODEC_NONE);
+    bale_store_set_compact(f.store, false, 0);
+    for (uint64_t i = 0; i < IMAGE_SIZE / 2; i++) {
+        model[i] = g_rand_int(rand);
+    }
+    g_assert_cmpint(bale_image_write_sync(f.image, 0, model, IMAGE_SIZE / 2,
+                                          0), ==, 0);
+    /* Half of two pages, which are sealed, and all that are. */
+    for (uint64_t pos = 0; pos < IMAGE_SIZE / 2; pos += 2 * 16384) {
+        model[pos] ^= 1;
+        g_assert_cmpint(
+            bale_image_write_sync(f.image, pos, model + pos, 16384, 0), ==,
+            0);
+    }
+    g_assert_cmpint(bale_store_flush_sync(f.store), ==, 0);
+    /* After the first page it waits, for ever, with the second in hand. */
+    bale_store_set_compact(f.store, true, 1);
+    do {
+        g_usleep(1000);
+        bale_store_get_stats(f.store, &stats);
+    } while (stats.compact_paced_ns == 0);
+    g_assert_true(bale_store_compact(f.store, &o, &err));
+    g_assert_no_error(err);
+    bale_store_get_stats(f.store, &stats);
+    g_assert_cmpuint(stats.compacted_pages, >=, 2);
+    g_assert_cmpuint(stats.pages_freeing, ==, 0);
+    g_assert_cmpuint(stats.used_bytes, <, IMAGE_SIZE / 2 * 5 / 4);
+    check_equal(&f, model, IMAGE_SIZE);
+    check_clean(&f);
+    fixture_close(&f);
+}
+
 static void test_resize(void)
 {
     g_autofree uint8_t *model = g_malloc0(2 * IMAGE_SIZE);
@@ -759,6 +801,8 @@ int main(int argc, char **argv)
                     test_overwrites_give_space_back);
     g_test_add_func("/store/compaction-gives-space-back",
                     test_compaction_gives_space_back);
+    g_test_add_func("/store/compaction-awaits-background",
+                    test_compaction_awaits_background);
     g_test_add_func("/store/resize", test_resize);
     g_test_add_func("/store/out-of-range", test_out_of_range);
     g_test_add_func("/store/full", test_full);
