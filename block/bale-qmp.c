@@ -129,6 +129,7 @@ static BaleNodeStats *get_stats(BaleStore *store)
     COPY(readahead_hits);
     COPY(checkpoints);
     COPY(checkpoint_bytes);
+    COPY(checkpoint_kept_bytes);
     COPY(checkpoint_ns);
     COPY(checkpoints_failed);
     COPY(compacted_pages);

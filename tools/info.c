@@ -82,6 +82,7 @@ static const Counter store_counters[] = {
     STORE_COUNTER("readahead-hits", readahead_hits),
     STORE_COUNTER("checkpoints", checkpoints),
     STORE_COUNTER("checkpoint-bytes", checkpoint_bytes),
+    STORE_COUNTER("checkpoint-kept-bytes", checkpoint_kept_bytes),
     STORE_COUNTER("checkpoint-ns", checkpoint_ns),
     STORE_COUNTER("checkpoints-failed", checkpoints_failed),
     STORE_COUNTER("compacted-pages", compacted_pages),

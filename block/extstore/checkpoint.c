@@ -20,7 +20,9 @@
  *           and the next sequence number S.  What comes later is the tail
  *   wait    for those who have appended before the mark, but have not set the
  *           index yet
- *   copy    the index, chunk by chunk, as it is by now
+ *   copy    the index, chunk by chunk, as it is by now; a chunk that did not
+ *           change since the newest checkpoint copied it is not copied again:
+ *           the new one names that copy, too
  *   table   the pages as at the mark; metadata pages as they are now, so that
  *           the checkpoint itself is not part of the tail
  *   flush, superblocks
@@ -29,12 +31,15 @@
  *  1. No record is appended while the superblocks say "clean".
  *  2. The superblocks never point at a checkpoint that was not flushed.
  *  3. The records of a checkpoint stay live until the superblocks point at the
- *     second one after it.
+ *     second one after it.  Those that several name count once for each.
  *  4. What was appended before the mark and still counts at the end of the
  *     copy is in the copy; what was appended later is in the tail.  (A value
  *     of the copy may point into the tail, or into a page that is given up
  *     before recovery: the tail tells what became of that cluster.)
- *  5. While a checkpoint runs nobody changes the catalogue: that takes
+ *  5. A chunk that is not marked as changed has in the index what its copy
+ *     has, which the newest checkpoint names, but for what was appended after
+ *     the mark.
+ *  6. While a checkpoint runs nobody changes the catalogue: that takes
  *     session_lock for writing, and it is held for reading.
  *
  * Threads: everything here runs with session_lock held for writing, and the
@@ -53,6 +58,11 @@
 
 /* Marks tried while pages are opened at the same time. */
 #define MARK_ATTEMPTS_MAX 8
+/*
+ * Of a page that is not appended to any more something is kept only if that is
+ * at least this part of a page.
+ */
+#define KEEP_PAGE_PART 2u
 
 /* One round: the new generation to copies @first and @first + 2, flushed. */
 static int super_write_round(BaleStore *s, unsigned first, uint8_t *block)
@@ -185,11 +195,21 @@ int bale_session_begin(BaleStore *s)
 
 /* --- checkpoint --- */
 
+/* A chunk that was copied. */
+typedef struct WriterCopy {
+    BaleChunk *chunk;
+    BalePart part;
+} WriterCopy;
+
 typedef struct CheckpointWriter {
     BaleStore *s;
     GArray *parts;        /* BalePart */
     GArray *records;      /* BaleCheckpointRecord */
-    uint64_t bytes;
+    GArray *copies;       /* WriterCopy */
+    uint64_t bytes;       /* written, ... */
+    uint64_t kept_bytes;  /* ... and what others have written */
+    uint64_t *keepable;   /* bytes, by page; NULL: nothing is kept */
+    uint64_t keepable_pages;
     BalePageEntry *table; /* as at the mark; NULL: nobody appends */
     BaleLogMark mark;
     int64_t start_us;
@@ -200,11 +220,14 @@ static void writer_init(CheckpointWriter *w, BaleStore *s)
     *w = (CheckpointWriter){ .s = s, .start_us = g_get_monotonic_time() };
     w->parts = g_array_new(FALSE, FALSE, sizeof(BalePart));
     w->records = g_array_new(FALSE, FALSE, sizeof(BaleCheckpointRecord));
+    w->copies = g_array_new(FALSE, FALSE, sizeof(WriterCopy));
 }
 
 static void writer_destroy(CheckpointWriter *w)
 {
     g_array_free(w->parts, TRUE);
+    g_array_free(w->copies, TRUE);
+    g_free(w->keepable);
     if (w->records) {
         g_array_free(w->records, TRUE);
     }
@@ -236,32 +259,117 @@ static int writer_append(CheckpointWriter *w, BaleRecordType type,
     return 0;
 }
 
+/* Has the newest checkpoint a copy of @chunk that is right?  In which page? */
+static bool chunk_copied(BaleStore *s, const BaleChunk *chunk, uint64_t *page)
+{
+    uint32_t len = BALE_RECORD_HEADER_LEN + chunk->payload_len;
+    bool copied;
+
+    if (!chunk->address ||
+        __atomic_load_n(&chunk->changed, __ATOMIC_SEQ_CST)) {
+        return false;
+    }
+    pthread_mutex_lock(&s->log_lock);
+    copied = bale_page_has_metadata(s, chunk->address, len, page) &&
+             bale_page(s, *page)->state <= BALE_PAGE_SEALED &&
+             bale_page(s, *page)->version == chunk->version;
+    pthread_mutex_unlock(&s->log_lock);
+    return copied;
+}
+
+/* What could be kept of @layer, in which pages. */
+static int writer_weigh(CheckpointWriter *w, BaleLayer *layer)
+{
+    uint64_t page;
+
+    for (uint64_t n = bale_layer_next_chunk(layer, 0); n < layer->chunks;
+         n = bale_layer_next_chunk(layer, n + 1)) {
+        BaleChunk *chunk = bale_layer_chunk(layer, n);
+
+        if (chunk_copied(w->s, chunk, &page) && page < w->keepable_pages) {
+            w->keepable[page] += chunk->payload_len;
+        }
+    }
+    return 0;
+}
+
+/*
+ * Name the copy that the newest checkpoint has of @chunk, if it is right, and
+ * does not hold a page for the sake of a little.
+ */
+static bool writer_keep(CheckpointWriter *w, const BaleChunk *chunk,
+                        BalePart *part)
+{
+    BaleStore *s = w->s;
+    BaleCheckpointRecord c = { chunk->address,
+                               BALE_RECORD_HEADER_LEN + chunk->payload_len };
+    uint64_t page;
+
+    if (!w->keepable || !chunk_copied(s, chunk, &page) ||
+        page >= w->keepable_pages) {
+        return false;
+    }
+    pthread_mutex_lock(&s->log_lock);
+    if (bale_page(s, page)->state != BALE_PAGE_ACTIVE &&
+        w->keepable[page] < s->page_size / KEEP_PAGE_PART) {
+        pthread_mutex_unlock(&s->log_lock);
+        return false;
+    }
+    if (!BALE_PLANTED(kept_part_freed)) {
+        bale_page_live_add(s, c.address, c.len);
+        g_array_append_val(w->records, c);
+    }
+    pthread_mutex_unlock(&s->log_lock);
+    part->address = chunk->address;
+    part->version = chunk->version;
+    part->payload_len = chunk->payload_len;
+    w->kept_bytes += c.len;
+    return true;
+}
+
+/* Copy @chunk, with the @n clusters from @part->b on, by way of @buf. */
+static int writer_copy(CheckpointWriter *w, BaleLayer *layer,
+                       BaleChunk *chunk, uint32_t n, uint8_t *buf,
+                       BalePart *part)
+{
+    WriterCopy copy = { .chunk = chunk };
+    int ret;
+
+    __atomic_store_n(&chunk->changed, false, __ATOMIC_SEQ_CST);
+    for (uint32_t i = 0; i < n; i++) {
+        bale_put_le64(buf + i * 8, bale_index_find(layer->index,
+                                                   part->b + i));
+    }
+    while (n > 0 && bale_get_le64(buf + (n - 1) * 8) == 0) {
+        n--;
+    }
+    ret = writer_append(w, BALE_RECORD_CHECKPOINT_PART, buf, n * 8, part);
+    copy.part = *part;
+    g_array_append_val(w->copies, copy);
+    return ret;
+}
+
 /* The index of @layer, chunk by chunk; chunks without entries are left out. */
 static int writer_index(CheckpointWriter *w, BaleLayer *layer)
 {
-    g_autofree uint8_t *chunk = g_try_malloc(BALE_CHUNK_CLUSTERS * 8);
+    g_autofree uint8_t *buf = g_try_malloc(BALE_CHUNK_CLUSTERS * 8);
     uint64_t clusters = bale_layer_clusters(layer);
 
-    if (!chunk) {
+    if (!buf) {
         return -ENOMEM;
     }
-    for (uint64_t c = bale_layer_next_chunk(layer, 0); c < layer->chunks;
-         c = bale_layer_next_chunk(layer, c + 1)) {
-        uint64_t first = c * BALE_CHUNK_CLUSTERS;
-        uint32_t n = MIN(clusters - first, BALE_CHUNK_CLUSTERS);
-        BalePart part = { .kind = BALE_PART_INDEX,
-                          .a = layer->id, .b = first };
-        int ret;
+    for (uint64_t n = bale_layer_next_chunk(layer, 0); n < layer->chunks;
+         n = bale_layer_next_chunk(layer, n + 1)) {
+        BaleChunk *chunk = bale_layer_chunk(layer, n);
+        BalePart part = { .kind = BALE_PART_INDEX, .a = layer->id,
+                          .b = n * BALE_CHUNK_CLUSTERS };
+        int ret = 0;
 
-        for (uint32_t i = 0; i < n; i++) {
-            bale_put_le64(chunk + i * 8,
-                          bale_index_find(layer->index, first + i));
+        if (!writer_keep(w, chunk, &part)) {
+            ret = writer_copy(w, layer, chunk,
+                              MIN(clusters - part.b, BALE_CHUNK_CLUSTERS),
+                              buf, &part);
         }
-        while (n > 0 && bale_get_le64(chunk + (n - 1) * 8) == 0) {
-            n--;
-        }
-        ret = writer_append(w, BALE_RECORD_CHECKPOINT_PART, chunk, n * 8,
-                            &part);
         if (ret < 0) {
             return ret;
         }
@@ -273,7 +381,8 @@ static int writer_index(CheckpointWriter *w, BaleLayer *layer)
     return 0;
 }
 
-static int writer_layers(CheckpointWriter *w)
+static int writer_visit_layers(CheckpointWriter *w,
+                               int (*visit)(CheckpointWriter *, BaleLayer *))
 {
     GHashTableIter iter;
     void *layer;
@@ -281,9 +390,29 @@ static int writer_layers(CheckpointWriter *w)
 
     g_hash_table_iter_init(&iter, w->s->layers);
     while (ret == 0 && g_hash_table_iter_next(&iter, NULL, &layer)) {
-        ret = writer_index(w, layer);
+        ret = visit(w, layer);
     }
     return ret;
+}
+
+static int writer_layers(CheckpointWriter *w)
+{
+    BaleStore *s = w->s;
+    bool keep;
+
+    pthread_mutex_lock(&s->log_lock);
+    /* When space is short a page that dies soon is better than less to write:
+     * what is kept for this checkpoint is as much as the index takes. */
+    keep = bale_page_has_room(s, 2 * s->checkpoint_size);
+    w->keepable_pages = s->pages->len;
+    pthread_mutex_unlock(&s->log_lock);
+    if (keep) {
+        w->keepable = g_try_new0(uint64_t, w->keepable_pages + 1);
+    }
+    if (w->keepable) {
+        writer_visit_layers(w, writer_weigh);
+    }
+    return writer_visit_layers(w, writer_index);
 }
 
 /*
@@ -490,10 +619,21 @@ static int writer_run(CheckpointWriter *w, BalePart *root)
     return ret < 0 ? ret : writer_pages_and_root(w, root);
 }
 
+/* The newest checkpoint does not name the copies, or not for certain. */
+static void writer_forget_copies(CheckpointWriter *w)
+{
+    for (guint i = 0; i < w->copies->len; i++) {
+        __atomic_store_n(&g_array_index(w->copies, WriterCopy, i)
+                              .chunk->changed,
+                         true, __ATOMIC_SEQ_CST);
+    }
+}
+
 /* Nothing points at what was written: it is garbage. */
 static void writer_give_up(CheckpointWriter *w)
 {
     checkpoint_forget(w->s, w->records);
+    writer_forget_copies(w);
 }
 
 /* The superblocks shall name the checkpoint with @root. */
@@ -527,13 +667,22 @@ static void writer_settle(CheckpointWriter *w)
     g_array_free(s->previous, TRUE);
     s->previous = s->checkpoint;
     s->checkpoint = g_steal_pointer(&w->records);
+    for (guint i = 0; i < w->copies->len; i++) {
+        WriterCopy *copy = &g_array_index(w->copies, WriterCopy, i);
+
+        copy->chunk->address = copy->part.address;
+        copy->chunk->version = copy->part.version;
+        copy->chunk->payload_len = copy->part.payload_len;
+    }
 
     pthread_mutex_lock(&s->log_lock);
     s->stats.checkpoints++;
     s->stats.checkpoint_bytes += w->bytes;
+    s->stats.checkpoint_kept_bytes += w->kept_bytes;
     s->stats.checkpoint_ns += (now_us - w->start_us) * 1000;
     s->checkpoint_base = w->table ? w->mark.appended : s->appended;
-    s->checkpoint_size = w->bytes;
+    s->checkpoint_size = w->bytes + w->kept_bytes;
+    s->checkpoint_cost = w->bytes;
     s->checkpoint_time_us = now_us;
     pthread_mutex_unlock(&s->log_lock);
 }
@@ -545,6 +694,7 @@ static void writer_settle(CheckpointWriter *w)
 static void writer_doubt(CheckpointWriter *w)
 {
     g_array_append_vals(w->s->checkpoint, w->records->data, w->records->len);
+    writer_forget_copies(w);
 }
 
 /* Do without a checkpoint to fall back to, for the room that it takes. */

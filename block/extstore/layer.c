@@ -61,30 +61,30 @@ uint64_t bale_layer_find(BaleLayer *layer, uint64_t cluster)
     return value;
 }
 
-/* Where the group of counters that has @chunk is, or will be. */
-static uint32_t **layer_group(BaleLayer *layer, uint64_t chunk)
+/* Where the group that has chunk @n is, or will be. */
+static BaleChunk **layer_group(BaleLayer *layer, uint64_t n)
 {
-    uint32_t **groups =
+    BaleChunk **groups =
         __atomic_load_n(&layer->chunk_groups, __ATOMIC_ACQUIRE);
 
-    return &groups[chunk / BALE_CHUNK_GROUP];
+    return &groups[n / BALE_CHUNK_GROUP];
 }
 
-uint32_t *bale_layer_chunk(BaleLayer *layer, uint64_t chunk)
+BaleChunk *bale_layer_chunk(BaleLayer *layer, uint64_t n)
 {
-    uint32_t *group = __atomic_load_n(layer_group(layer, chunk),
-                                      __ATOMIC_ACQUIRE);
+    BaleChunk *group = __atomic_load_n(layer_group(layer, n),
+                                       __ATOMIC_ACQUIRE);
 
-    return group ? &group[chunk % BALE_CHUNK_GROUP] : NULL;
+    return group ? &group[n % BALE_CHUNK_GROUP] : NULL;
 }
 
-uint32_t *bale_layer_chunk_make(BaleLayer *layer, uint64_t chunk)
+BaleChunk *bale_layer_chunk_make(BaleLayer *layer, uint64_t n)
 {
-    uint32_t **where = layer_group(layer, chunk);
-    uint32_t *group = __atomic_load_n(where, __ATOMIC_ACQUIRE);
+    BaleChunk **where = layer_group(layer, n);
+    BaleChunk *group = __atomic_load_n(where, __ATOMIC_ACQUIRE);
 
     if (!group) {
-        uint32_t *made = g_try_new0(uint32_t, BALE_CHUNK_GROUP);
+        BaleChunk *made = g_try_new0(BaleChunk, BALE_CHUNK_GROUP);
 
         if (!made) {
             return NULL;
@@ -96,31 +96,30 @@ uint32_t *bale_layer_chunk_make(BaleLayer *layer, uint64_t chunk)
             g_free(made); /* somebody was faster */
         }
     }
-    return &group[chunk % BALE_CHUNK_GROUP];
+    return &group[n % BALE_CHUNK_GROUP];
 }
 
-uint64_t bale_layer_next_chunk(BaleLayer *layer, uint64_t chunk)
+static bool chunk_used(const BaleChunk *chunk)
 {
-    while (chunk < layer->chunks) {
-        uint32_t *entries = bale_layer_chunk(layer, chunk);
+    return chunk && __atomic_load_n(&chunk->entries, __ATOMIC_RELAXED);
+}
 
-        if (!entries) {
-            chunk = (chunk | (BALE_CHUNK_GROUP - 1)) + 1;
-        } else if (__atomic_load_n(entries, __ATOMIC_RELAXED)) {
-            return chunk;
-        } else {
-            chunk++;
+uint64_t bale_layer_next_chunk(BaleLayer *layer, uint64_t n)
+{
+    while (n < layer->chunks) {
+        BaleChunk *chunk = bale_layer_chunk(layer, n);
+
+        if (chunk_used(chunk)) {
+            return n;
         }
+        n = chunk ? n + 1 : (n | (BALE_CHUNK_GROUP - 1)) + 1;
     }
     return layer->chunks;
 }
 
 static bool layer_chunk_used(BaleLayer *layer, uint64_t cluster)
 {
-    uint32_t *entries = bale_layer_chunk(layer,
-                                         cluster / BALE_CHUNK_CLUSTERS);
-
-    return entries && __atomic_load_n(entries, __ATOMIC_RELAXED);
+    return chunk_used(bale_layer_chunk(layer, cluster / BALE_CHUNK_CLUSTERS));
 }
 
 /*
@@ -228,23 +227,38 @@ bool bale_image_shows_layer(BaleImage *image, uint32_t id)
 
 /* --- changing --- */
 
+/*
+ * The index has changed in @chunk, which has @entries more of it.  Not before
+ * it did: a checkpoint takes the mark away before it looks at the index, so
+ * what it does not see is marked anew.  (All of these are sequentially
+ * consistent, also in util/index.)
+ */
+static void chunk_changed(BaleChunk *chunk, int entries)
+{
+    if (entries) {
+        __atomic_fetch_add(&chunk->entries, entries, __ATOMIC_RELAXED);
+    }
+    if (!__atomic_load_n(&chunk->changed, __ATOMIC_SEQ_CST) &&
+        !BALE_PLANTED(chunk_unmarked)) {
+        __atomic_store_n(&chunk->changed, true, __ATOMIC_SEQ_CST);
+    }
+}
+
 int bale_layer_index_set(BaleLayer *layer, uint64_t cluster, uint64_t value,
                          uint64_t *old)
 {
-    uint64_t was = 0, chunk = cluster / BALE_CHUNK_CLUSTERS;
-    uint32_t *entries = value ? bale_layer_chunk_make(layer, chunk)
-                              : bale_layer_chunk(layer, chunk);
-    int ret = value && !entries
+    uint64_t was = 0, n = cluster / BALE_CHUNK_CLUSTERS;
+    BaleChunk *chunk = value ? bale_layer_chunk_make(layer, n)
+                             : bale_layer_chunk(layer, n);
+    int ret = value && !chunk
                   ? -ENOMEM
                   : bale_index_set(layer->index, cluster, value, &was);
 
     if (ret < 0) {
         return ret;
     }
-    if (!was && value) {
-        __atomic_fetch_add(entries, 1, __ATOMIC_RELAXED);
-    } else if (was && !value) {
-        __atomic_fetch_sub(entries, 1, __ATOMIC_RELAXED);
+    if (chunk) {
+        chunk_changed(chunk, (value != 0) - (was != 0));
     }
     if (old) {
         *old = was;
@@ -255,20 +269,18 @@ int bale_layer_index_set(BaleLayer *layer, uint64_t cluster, uint64_t value,
 int bale_layer_index_adopt(BaleLayer *layer, uint64_t cluster, uint64_t value,
                            bool undo)
 {
-    uint64_t chunk = cluster / BALE_CHUNK_CLUSTERS;
-    uint32_t *entries = undo ? bale_layer_chunk(layer, chunk)
-                             : bale_layer_chunk_make(layer, chunk);
+    uint64_t n = cluster / BALE_CHUNK_CLUSTERS;
+    BaleChunk *chunk = undo ? bale_layer_chunk(layer, n)
+                            : bale_layer_chunk_make(layer, n);
     int ret;
 
-    if (!entries) {
+    if (!chunk) {
         return undo ? 0 : -ENOMEM; /* nothing was adopted there */
     }
     ret = undo ? bale_index_update(layer->index, cluster, value, 0, NULL)
                : bale_index_update(layer->index, cluster, 0, value, NULL);
-    if (ret == 0 && undo) {
-        __atomic_fetch_sub(entries, 1, __ATOMIC_RELAXED);
-    } else if (ret == 0) {
-        __atomic_fetch_add(entries, 1, __ATOMIC_RELAXED);
+    if (ret == 0) {
+        chunk_changed(chunk, undo ? -1 : 1);
     }
     return ret == -EAGAIN ? 0 : ret;
 }
@@ -305,8 +317,12 @@ void bale_layer_index_move(BaleLayer *layer, uint64_t cluster, uint64_t value,
     } else if (bale_index_update(layer->index, cluster, value, copy,
                                  NULL) < 0) {
         gone = copy; /* somebody was faster: the copy is garbage */
-    } else if (s->cache) {
-        bale_cache_move(s->cache, layer, cluster, value, copy);
+    } else {
+        chunk_changed(bale_layer_chunk(layer, cluster / BALE_CHUNK_CLUSTERS),
+                      0);
+        if (s->cache) {
+            bale_cache_move(s->cache, layer, cluster, value, copy);
+        }
     }
     layer_account(s, gone);
 }
@@ -315,8 +331,7 @@ static bool layer_removed(uint64_t cluster, uint64_t value, void *opaque)
 {
     BaleLayer *layer = opaque;
 
-    __atomic_fetch_sub(bale_layer_chunk(layer, cluster / BALE_CHUNK_CLUSTERS),
-                       1, __ATOMIC_RELAXED);
+    chunk_changed(bale_layer_chunk(layer, cluster / BALE_CHUNK_CLUSTERS), -1);
     /* During recovery live bytes are not counted yet. */
     if (layer->store->session) {
         bale_layer_account_old(layer, cluster, value);
@@ -365,8 +380,8 @@ int bale_layer_reserve(BaleLayer *layer, uint64_t size)
     unsigned key_bits = layer_key_bits(chunks * BALE_CHUNK_CLUSTERS);
 
     if (!layer->index || chunks > layer->chunks) {
-        uint32_t **groups = g_try_new0(uint32_t *,
-                                       chunks / BALE_CHUNK_GROUP + 1);
+        BaleChunk **groups = g_try_new0(BaleChunk *,
+                                        chunks / BALE_CHUNK_GROUP + 1);
         BaleIndex *index = bale_index_new(key_bits, 0, s->epoch);
         BaleIndex *old = layer->index;
 
@@ -377,7 +392,7 @@ int bale_layer_reserve(BaleLayer *layer, uint64_t size)
             return -ENOMEM;
         }
         if (old) {
-            uint32_t **old_groups = layer->chunk_groups;
+            BaleChunk **old_groups = layer->chunk_groups;
 
             memcpy(groups, old_groups,
                    ((layer->chunks - 1) / BALE_CHUNK_GROUP + 1) *

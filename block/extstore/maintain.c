@@ -22,9 +22,9 @@
  * pages that have died are free; if there are none it compacts one.
  *
  * A checkpoint is due by what was appended since the newest one began: so much
- * that recovery would take long, but always many times the checkpoint's own
- * size, so that it costs next to nothing; less if the store is idle or much
- * time has passed; and by command.
+ * that recovery would take long, but always many times what that had to write,
+ * so that it costs next to nothing; less if the store is idle or much time has
+ * passed; and by command.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -39,7 +39,7 @@
 
 /* Bytes appended after which a checkpoint is due ... */
 #define CHECKPOINT_BYTES (1ull << 30)
-/* ... but at least so many times the size of the last one. */
+/* ... but at least so many times what the last one had to write. */
 #define CHECKPOINT_SIZES 32u
 /*
  * What a cluster of a range of zeroes counts for: it costs an open as much
@@ -224,7 +224,7 @@ void bale_maintain_appended(BaleStore *s, uint32_t bytes,
         s->appended += (uint64_t)r->count * CHECKPOINT_ZERO_BYTES;
     }
     if (!limit) {
-        limit = MAX(CHECKPOINT_BYTES, CHECKPOINT_SIZES * s->checkpoint_size);
+        limit = MAX(CHECKPOINT_BYTES, CHECKPOINT_SIZES * s->checkpoint_cost);
     }
     if (s->appended - s->checkpoint_base >= limit && !s->checkpoint_due) {
         s->checkpoint_due = true;
@@ -241,7 +241,7 @@ static void maintain_look_at_time(BaleStore *s)
     uint64_t now_us = g_get_monotonic_time();
     bool idle = s->appended == s->checkpoint_seen;
     uint64_t enough = MAX(CHECKPOINT_TIME_BYTES,
-                          CHECKPOINT_TIME_SIZES * s->checkpoint_size);
+                          CHECKPOINT_TIME_SIZES * s->checkpoint_cost);
 
     s->checkpoint_seen = s->appended;
     if (s->appended - s->checkpoint_base >= enough &&

@@ -144,6 +144,17 @@ void bale_page_entry(BaleStore *s, uint64_t page, BalePageEntry *e)
     e->tombstone_seq = p->tombstone_seq;
 }
 
+bool bale_page_has_metadata(BaleStore *s, uint64_t address, uint32_t len,
+                            uint64_t *page)
+{
+    uint64_t offset;
+
+    return bale_address_split(s, address, page, &offset) &&
+           bale_page(s, *page)->state != BALE_PAGE_FREE &&
+           bale_page(s, *page)->bucket == BALE_BUCKET_META &&
+           offset + len <= bale_page(s, *page)->end;
+}
+
 /* Does a page other than @page hold records older than @seq? */
 bool bale_page_older_exists(BaleStore *s, uint64_t page, uint64_t seq)
 {

@@ -347,13 +347,10 @@ static void note_record(BaleStore *s, GArray *records, uint64_t address,
                         uint32_t len)
 {
     BaleCheckpointRecord c = { address, len };
-    uint64_t page, offset;
+    uint64_t page;
 
     /* A page that is free will be used for something else. */
-    if (bale_address_split(s, address, &page, &offset) &&
-        bale_page(s, page)->state != BALE_PAGE_FREE &&
-        bale_page(s, page)->bucket == BALE_BUCKET_META &&
-        offset + len <= bale_page(s, page)->end) {
+    if (bale_page_has_metadata(s, address, len, &page)) {
         g_array_append_val(records, c);
         bale_page_live_add(s, address, len);
     }
@@ -390,6 +387,7 @@ void bale_checkpoint_note(Checkpoint *c, const BaleCheckpointRef *previous)
         s->checkpoint_size +=
             g_array_index(s->checkpoint, BaleCheckpointRecord, i).len;
     }
+    s->checkpoint_cost = s->checkpoint_size;
 }
 
 RecoverResult bale_recover_exact(BaleStore *s, GError **errp)
@@ -423,7 +421,7 @@ void bale_recover_reset(BaleStore *s)
     g_array_set_size(s->pages, 0);
     g_array_set_size(s->checkpoint, 0);
     g_array_set_size(s->previous, 0);
-    s->checkpoint_size = 0;
+    s->checkpoint_size = s->checkpoint_cost = 0;
     s->recovered_records = 0;
     s->torn_bytes = 0;
     for (int b = 0; b < BALE_BUCKETS; b++) {

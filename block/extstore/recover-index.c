@@ -73,11 +73,16 @@ static int load_values(LoadThread *t, const LoadPart *p,
 {
     Checkpoint *c = t->l->c;
     uint64_t *values = t->values + (p->part.b - p->group);
-    uint32_t entries = 0, *counter;
+    BaleChunk *chunk = bale_layer_chunk_make(
+        p->layer, p->part.b / BALE_CHUNK_CLUSTERS);
+    uint32_t entries = 0;
+    uint64_t page;
 
+    if (!chunk) {
+        return -ENOMEM;
+    }
     for (uint32_t i = 0; i < p->part.payload_len / 8; i++) {
         uint64_t value = bale_get_le64(payload + i * 8);
-        uint64_t page;
 
         values[i] = value;
         if (value == 0) {
@@ -95,15 +100,18 @@ static int load_values(LoadThread *t, const LoadPart *p,
 
             g_array_append_val(t->stale, stale);
             values[i] = VALUE_STALE;
+            chunk->changed = true;
         }
         entries++;
     }
-    counter = bale_layer_chunk_make(p->layer,
-                                    p->part.b / BALE_CHUNK_CLUSTERS);
-    if (!counter) {
-        return -ENOMEM;
+    chunk->entries = entries;
+    if (bale_page_has_metadata(c->s, p->part.address,
+                               BALE_RECORD_HEADER_LEN + p->part.payload_len,
+                               &page)) {
+        chunk->address = p->part.address;
+        chunk->version = p->part.version;
+        chunk->payload_len = p->part.payload_len;
     }
-    *counter = entries;
     return 0;
 }
 

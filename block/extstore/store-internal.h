@@ -148,18 +148,27 @@ typedef struct BaleWorkerContext {
     uint8_t *packed;  /* compressed output, one cluster */
 } BaleWorkerContext;
 
+/* What a layer knows of BALE_CHUNK_CLUSTERS clusters. */
+typedef struct BaleChunk {
+    uint32_t entries;     /* of the index; atomic */
+    bool changed;         /* since the newest checkpoint copied it; atomic */
+    /* That copy, address 0: none.  Changed by who writes a checkpoint. */
+    uint32_t payload_len;
+    uint64_t address, version;
+} BaleChunk;
+
 /* A set of clusters (layer.c). */
-#define BALE_CHUNK_GROUP 1024u
+#define BALE_CHUNK_GROUP 128u
 
 struct BaleLayer {
     BaleStore *store;        /* constant, as is id */
     uint32_t id;
     BaleIndex *index;        /* cluster -> value; latch-free */
     /*
-     * How many entries each BALE_CHUNK_CLUSTERS have, in groups that are made
-     * when they are needed: a huge layer that holds nothing is small.
+     * Its chunks, in groups that are made when they are needed: a huge layer
+     * that holds nothing is small.
      */
-    uint32_t **chunk_groups; /* BALE_CHUNK_GROUP counters or NULL; atomic */
+    BaleChunk **chunk_groups; /* BALE_CHUNK_GROUP of them or NULL; atomic */
     uint64_t chunks;
     uint64_t size;           /* bytes; changes under session_lock */
     /* What lies under it; atomic, see layers_seq. */
@@ -324,7 +333,8 @@ struct BaleStore {
     bool checkpoint_due;
     uint64_t checkpoint_base;  /* appended when the newest began */
     uint64_t checkpoint_seen;  /* appended when the thread last looked */
-    uint64_t checkpoint_size;  /* bytes of the newest */
+    uint64_t checkpoint_size;  /* bytes of the newest, ... */
+    uint64_t checkpoint_cost;  /* ... and those that had to be written */
     uint64_t checkpoint_time_us;
     uint64_t checkpoint_asked, checkpoint_answered; /* by command */
     int checkpoint_ret;
@@ -422,6 +432,9 @@ void bale_page_set_max_size(BaleStore *s, uint64_t bytes);
 bool bale_page_has_room(BaleStore *s, uint64_t bytes);
 /* Not under log_lock: make @bucket's active page have room for a segment. */
 int bale_page_prepare(BaleStore *s, BaleBucket bucket, uint32_t need);
+/* Do the @len bytes at @address lie in a metadata page in use?  Which? */
+bool bale_page_has_metadata(BaleStore *s, uint64_t address, uint32_t len,
+                            uint64_t *page);
 /* Does a page other than @page hold records older than @seq? */
 bool bale_page_older_exists(BaleStore *s, uint64_t page, uint64_t seq);
 
@@ -595,19 +608,19 @@ void bale_layer_unref(BaleLayer *layer);
 /* ... when nobody walks through it any more. */
 void bale_layer_unref_later(BaleLayer *layer);
 uint64_t bale_layer_clusters(const BaleLayer *layer);
-/* The counter of @chunk's entries; NULL: it has none.  In the epoch. */
-uint32_t *bale_layer_chunk(BaleLayer *layer, uint64_t chunk);
+/* What is known of chunk @n; NULL: it has no entries.  In the epoch. */
+BaleChunk *bale_layer_chunk(BaleLayer *layer, uint64_t n);
 /* The same, made if it is not there; NULL: no memory. */
-uint32_t *bale_layer_chunk_make(BaleLayer *layer, uint64_t chunk);
-/* The first chunk from @chunk on that has entries, or layer->chunks. */
-uint64_t bale_layer_next_chunk(BaleLayer *layer, uint64_t chunk);
+BaleChunk *bale_layer_chunk_make(BaleLayer *layer, uint64_t n);
+/* The first chunk from @n on that has entries, or layer->chunks. */
+uint64_t bale_layer_next_chunk(BaleLayer *layer, uint64_t n);
 /*
  * Make room for @size, which may need a larger index: -ENOMEM.  No write is
  * under way, or session_lock is held for writing.
  */
 int bale_layer_reserve(BaleLayer *layer, uint64_t size);
 uint64_t bale_layer_find(BaleLayer *layer, uint64_t cluster);
-/* Set an index entry and keep the chunk counter; 0 or -ENOMEM. */
+/* Set an index entry and keep its chunk; 0 or -ENOMEM. */
 int bale_layer_index_set(BaleLayer *layer, uint64_t cluster, uint64_t value,
                          uint64_t *old);
 /* Set an entry that is absent; @undo: remove it if it has that value. */

@@ -337,6 +337,7 @@ typedef struct BaleStoreStats {
     uint64_t readahead_hits;           /* clusters that were then read */
 
     uint64_t checkpoints, checkpoint_bytes, checkpoint_ns, checkpoints_failed;
+    uint64_t checkpoint_kept_bytes;    /* not written: nothing had changed */
     uint64_t compacted_pages, compacted_records, compacted_bytes;
     uint64_t compact_examined_bytes;
     uint64_t compact_running;          /* compactions under way, now */

@@ -48,6 +48,8 @@ enum {
     BALE_PLANTED_revive_unwritten,
     BALE_PLANTED_generation_unchecked,
     BALE_PLANTED_checkpoint_not_flushed,
+    BALE_PLANTED_chunk_unmarked,
+    BALE_PLANTED_kept_part_freed,
     BALE_PLANTED_mark_not_awaited,
     BALE_PLANTED_tail_too_short,
     BALE_PLANTED_patches_not_written,

@@ -383,6 +383,110 @@ static void test_large_index(void)
     fixture_close(&f);
 }
 
+#define KEPT_CHUNKS 40u
+#define KEPT_ROUNDS 16u
+
+static uint64_t kept_cluster(unsigned round)
+{
+    return round * 7 % KEPT_CHUNKS * 16384ull + round + 100;
+}
+
+/*
+ * What has not changed is not written again, across kills and closes, too; and
+ * does not keep pages that are garbage otherwise.
+ */
+static void test_kept_parts(void)
+{
+    uint64_t clusters = KEPT_CHUNKS * 16384ull;
+    uint8_t buf[CLUSTER];
+    BaleStoreStats stats;
+    BaleImageInfo info;
+    Fixture f;
+
+    fixture_init(&f, clusters * CLUSTER);
+    g_assert_cmpint(bale_image_zero_sync(f.image, 0, clusters * CLUSTER, 0),
+                    ==, 0);
+    fixture_checkpoint(&f);
+    for (unsigned round = 0; round < KEPT_ROUNDS; round++) {
+        memset(buf, round + 1, CLUSTER);
+        g_assert_cmpint(bale_image_write_sync(f.image,
+                                              kept_cluster(round) * CLUSTER,
+                                              buf, CLUSTER, 0),
+                        ==, 0);
+        fixture_flush(&f);
+        if (round % 4 == 2) {
+            g_autoptr(GError) err = NULL;
+
+            g_assert_true(bale_store_checkpoint(f.store, &err));
+        } else if (round % 4 > 0) {
+            fixture_checkpoint(&f);
+        }
+        bale_store_get_stats(f.store, &stats);
+        if (round > 0 && round % 4 == 3) {
+            /* One chunk, or two, have changed since the last one. */
+            g_assert_cmpuint(stats.checkpoint_kept_bytes, >,
+                             KEPT_CHUNKS / 2 * 131072);
+        }
+        g_assert_cmpuint(stats.used_bytes, <, 32u << 20);
+        if (round % 3 == 0) {
+            fixture_kill(&f);
+            fixture_open(&f);
+            g_assert_cmpuint(f.complaints, ==, 0);
+        }
+        bale_image_get_info(f.image, &info);
+        g_assert_cmpuint(info.allocated_clusters, ==, clusters);
+        for (unsigned i = 0; i <= round; i++) {
+            g_assert_cmpint(bale_image_read_sync(f.image,
+                                                 kept_cluster(i) * CLUSTER,
+                                                 buf, CLUSTER),
+                            ==, 0);
+            g_assert_cmpuint(buf[0], ==, i + 1);
+            g_assert_cmpuint(buf[CLUSTER - 1], ==, i + 1);
+        }
+        check_same(&f);
+    }
+    fixture_close(&f);
+}
+
+/*
+ * With a damaged root the checkpoint before serves, which names the same
+ * copies; with one of those damaged, neither does.
+ */
+static void test_kept_damaged(void)
+{
+    uint64_t clusters = 4 * 16384ull;
+    BaleImageInfo info;
+    uint64_t address;
+    Fixture f;
+
+    fixture_init(&f, clusters * CLUSTER);
+    g_assert_cmpint(bale_image_zero_sync(f.image, 0, clusters * CLUSTER, 0),
+                    ==, 0);
+    fixture_checkpoint(&f);
+    fixture_write(&f, 8, 4, 60);
+    fixture_checkpoint(&f);
+    fixture_kill(&f);
+    damage_root(&f, 96);
+    for (unsigned complaints = 1; complaints <= 2; complaints++) {
+        fixture_open(&f);
+        g_assert_cmpuint(f.complaints, ==, complaints);
+        bale_image_get_info(f.image, &info);
+        g_assert_cmpuint(info.allocated_clusters, ==, clusters);
+        check_same(&f);
+        for (unsigned i = 0; i < 4; i++) {
+            fixture_write(&f, 20 + i, 1, 7 * i);
+            fixture_checkpoint(&f);
+        }
+        address = bale_layer_chunk(f.image->top, 3)->address;
+        fixture_kill(&f);
+        g_assert_cmpuint(address, !=, 0);
+        bale_sim_flip_bit(f.dev, address + 1000, 3);
+    }
+    fixture_open(&f);
+    check_same(&f);
+    fixture_close(&f);
+}
+
 /* --- closing --- */
 
 static void keep_device(BaleDevice *dev)
@@ -484,6 +588,8 @@ int main(int argc, char **argv)
     g_test_add_func("/checkpoint/slow-reader", test_slow_reader);
     g_test_add_func("/checkpoint/large-index", test_large_index);
     g_test_add_func("/checkpoint/beside-writers", test_beside_writers);
+    g_test_add_func("/checkpoint/kept-parts", test_kept_parts);
+    g_test_add_func("/checkpoint/kept-damaged", test_kept_damaged);
     g_test_add_func("/checkpoint/close-is-the-end", test_close_is_the_end);
     return g_test_run();
 }
