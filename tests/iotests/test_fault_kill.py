@@ -27,7 +27,7 @@ DELAY_MAX_S = 0.5
 GOOD, LEAKS = 0, 3
 DEVICES = ('direct', 'buffered', 'loop512', 'loop4096')
 READER_EVERY = 5
-# Not about full stores: test_space.py is. (See "Known defects", docs/testing.md.)
+# Not about full stores: test_space.py is. (docs/testing.md, "Known defects".)
 DEVICE_SIZE = 320 * MIB
 
 
