@@ -105,6 +105,14 @@ class Qemu:
             else:
                 return answer['return']
 
+    def fails(self, name, /, **arguments):
+        """The error's description; the command must fail."""
+        try:
+            self.command(name, **arguments)
+        except QmpError as error:
+            return str(error)
+        raise AssertionError(f'{name} succeeded')
+
     def hmp(self, line):
         return self.command('human-monitor-command', command_line=line)
 

@@ -8,7 +8,7 @@ import os
 import bale_iotests
 from bale_images import MIB, check, create, io
 from bale_iotests import qemu_img, qemu_img_info, run
-from bale_qmp import Qemu, QmpError
+from bale_qmp import Qemu
 
 PROGRAMS = ('qemu-storage-daemon', 'qemu-system-x86_64')
 
@@ -22,13 +22,6 @@ class Base(bale_iotests.TestCase):
         qemu.command('blockdev-add', driver='bale', node_name=node,
                      **{'file': file(path, **{'node-name': f'{node}-file'}),
                         **options})
-
-    def fails(self, qemu, name, /, **arguments):
-        try:
-            qemu.command(name, **arguments)
-        except QmpError as error:
-            return str(error)
-        raise AssertionError(f'{name} succeeded')
 
     def job(self, qemu, name, /, **arguments):
         qemu.command(name, job_id='j', **arguments)
@@ -58,17 +51,17 @@ class NodeTest(Base):
         for program in PROGRAMS:
             with Qemu(program) as qemu:
                 self.add(qemu, 'a.bale', 'a')
-                self.assertIn('Duplicate nodes', self.fails(
-                    qemu, 'blockdev-add', driver='bale', node_name='a',
+                self.assertIn('Duplicate nodes', qemu.fails(
+                    'blockdev-add', driver='bale', node_name='a',
                     file='a-file'))
-                self.assertIn('not owned', self.fails(
-                    qemu, 'blockdev-del', node_name='a-file'))
-                self.assertIn('in use by node', self.fails(
-                    qemu, 'blockdev-add', driver='bale', node_name='b',
+                self.assertIn('not owned', qemu.fails(
+                    'blockdev-del', node_name='a-file'))
+                self.assertIn('in use by node', qemu.fails(
+                    'blockdev-add', driver='bale', node_name='b',
                     file=file('a.bale')))
                 qemu.command('blockdev-del', node_name='a')
-                self.assertIn('Failed to find', self.fails(
-                    qemu, 'blockdev-del', node_name='a'))
+                self.assertIn('Failed to find', qemu.fails(
+                    'blockdev-del', node_name='a'))
                 self.assertEqual(
                     qemu.command('query-named-block-nodes'), [])
 
@@ -101,10 +94,10 @@ class NodeTest(Base):
                                     ({'cache-size': 1 << 41}, 'at most'),
                                     ({'backing': 'none'}, 'none'),
                                     ({'driver': 'qcow2'}, 'driver')):
-                    self.assertIn(words, self.fails(
-                        qemu, 'blockdev-reopen', **reopen(**more)))
-                self.assertIn('one parameter', self.fails(
-                    qemu, 'blockdev-reopen', **reopen(), more={}))
+                    self.assertIn(words, qemu.fails(
+                        'blockdev-reopen', **reopen(**more)))
+                self.assertIn('one parameter', qemu.fails(
+                    'blockdev-reopen', **reopen(), more={}))
             self.content('b.bale', 2)
 
     def test_reopen_on_another_file_node(self):
@@ -137,15 +130,15 @@ class NodeTest(Base):
     def test_create_and_amend_refuse(self):
         for program in PROGRAMS:
             with Qemu(program) as qemu:
-                self.assertIn("Driver 'bale' does not support", self.fails(
-                    qemu, 'blockdev-create', job_id='j', options={
+                self.assertIn("Driver 'bale' does not support", qemu.fails(
+                    'blockdev-create', job_id='j', options={
                         'driver': 'bale', 'file': 'x', 'size': MIB}))
-                self.assertIn('only by node name', self.fails(
-                    qemu, 'blockdev-create', job_id='j', options={
+                self.assertIn('only by node name', qemu.fails(
+                    'blockdev-create', job_id='j', options={
                         'driver': 'qcow2', 'size': MIB, 'file': {
                             'driver': 'bale', 'file': file('none')}}))
-                self.assertRegex(self.fails(
-                    qemu, 'x-blockdev-amend', job_id='j', node_name='x',
+                self.assertRegex(qemu.fails(
+                    'x-blockdev-amend', job_id='j', node_name='x',
                     options={'driver': 'bale'}),
                     "does not support|has not been found")
                 self.assertEqual(qemu.command('query-jobs'), [])
@@ -157,8 +150,8 @@ class NodeTest(Base):
                 options = {'driver': 'copy-before-write', 'node-name': 'cbw',
                            'file': {'driver': 'bale',
                                     'file': file('a.bale')}}
-                self.assertIn('only by node name', self.fails(
-                    qemu, 'blockdev-add', **options, target={
+                self.assertIn('only by node name', qemu.fails(
+                    'blockdev-add', **options, target={
                         'driver': 'bale', 'backing': None,
                         'file': file('b.bale')}))
                 self.add(qemu, 'b.bale', 'b', backing=None)
@@ -209,7 +202,7 @@ class NodeTest(Base):
                              if n['node-name'] in ('a', 'filter')}
                     self.assertEqual(sizes, {size})
                 for size in (1000, -512, 1 << 62):
-                    self.fails(qemu, 'block_resize', node_name='a',
+                    qemu.fails('block_resize', node_name='a',
                                size=size)
             self.content('a.bale', 1)
             self.assertEqual(qemu_img_info('a.bale')['virtual-size'],
@@ -236,10 +229,10 @@ class ChainTest(Base):
                 self.add(qemu, 'a.bale', 'a')
                 self.add(qemu, 'b.bale', 'b', backing=None)
                 qemu.command('blockdev-snapshot', node='a', overlay='b')
-                self.assertIn('busy', self.fails(
-                    qemu, 'blockdev-snapshot', node='a', overlay='b'))
-                self.assertIn('busy', self.fails(
-                    qemu, 'blockdev-del', node_name='a'))
+                self.assertIn('busy', qemu.fails(
+                    'blockdev-snapshot', node='a', overlay='b'))
+                self.assertIn('busy', qemu.fails(
+                    'blockdev-del', node_name='a'))
                 node, = [n for n in qemu.command('query-named-block-nodes')
                          if n['node-name'] == 'b']
                 self.assertEqual(node['backing_file_depth'], 1)
@@ -259,7 +252,7 @@ class ChainTest(Base):
                 nodes = {n['node-name']: n for n in
                          qemu.command('query-named-block-nodes')}
                 self.assertEqual(nodes['new']['drv'], 'bale')
-                self.fails(qemu, 'blockdev-snapshot-sync', node_name='new',
+                qemu.fails('blockdev-snapshot-sync', node_name='new',
                            snapshot_file=self.path('no/where'),
                            snapshot_node_name='more', format='bale')
             info = qemu_img_info('new.bale')
@@ -280,7 +273,7 @@ class ChainTest(Base):
                     return [{'type': 'blockdev-snapshot', 'data': {
                         'node': node, 'overlay': overlay}}
                         for node, overlay in pairs]
-                self.fails(qemu, 'transaction',
+                qemu.fails('transaction',
                            actions=snapshots('ac', 'bx'))
                 depths = {n['backing_file_depth'] for n in
                           qemu.command('query-named-block-nodes')}
@@ -348,7 +341,7 @@ class ChainTest(Base):
                 self.add(qemu, 'b.bale', 'b')
                 qemu.command('change-backing-file', device='b',
                              image_node_name='b', backing_file='moved.bale')
-                self.fails(qemu, 'change-backing-file', device='b',
+                qemu.fails('change-backing-file', device='b',
                            image_node_name='b', backing_file='x' * 5000)
             os.remove('a.bale')
             self.content('b.bale', 2)
@@ -409,13 +402,13 @@ class ChainTest(Base):
                 for name in ('one', 'two'):
                     qemu.command('blockdev-snapshot-internal-sync',
                                  device='a', name=name)
-                self.assertIn('exists', self.fails(
-                    qemu, 'blockdev-snapshot-internal-sync', device='a',
+                self.assertIn('exists', qemu.fails(
+                    'blockdev-snapshot-internal-sync', device='a',
                     name='one'))
                 gone = qemu.command('blockdev-snapshot-delete-internal-sync',
                                     device='a', name='one')
                 self.assertEqual(gone['name'], 'one')
-                self.fails(qemu, 'blockdev-snapshot-delete-internal-sync',
+                qemu.fails('blockdev-snapshot-delete-internal-sync',
                            device='a', name='one')
             names = [s['name'] for s in qemu_img_info('a.bale')['snapshots']]
             self.assertEqual(names, ['two'])
@@ -428,15 +421,15 @@ class ChainTest(Base):
             with Qemu(program) as qemu:
                 self.add(qemu, 'a.bale', 'a')
                 self.add(qemu, 'b.bale', 'b', backing=None)
-                self.fails(qemu, 'x-blockdev-change', parent='a', node='b')
-                self.fails(qemu, 'x-blockdev-change', parent='a', child='file')
+                qemu.fails('x-blockdev-change', parent='a', node='b')
+                qemu.fails('x-blockdev-change', parent='a', child='file')
 
     def test_reopening_nothing(self):
         """QEMU 7.2 by itself aborts."""
         for program in PROGRAMS:
             with Qemu(program) as qemu:
                 qemu.command('blockdev-reopen', options=[])
-                self.fails(qemu, 'blockdev-reopen')
+                qemu.fails('blockdev-reopen')
 
 
 if __name__ == '__main__':

@@ -25,13 +25,6 @@ class Base(bale_iotests.TestCase):
         info, = qemu.command('query-bale', node_name=node)
         return info
 
-    def fails(self, qemu, name, /, **arguments):
-        try:
-            qemu.command(name, **arguments)
-        except QmpError as error:
-            return str(error)
-        raise AssertionError(f'{name} succeeded')
-
     def io(self, qemu, *commands, node='a', good=True):
         for command in commands:
             out = qemu.hmp(f'qemu-io {node} "{command}"')
@@ -125,8 +118,8 @@ class QueryTest(Base):
                 qemu.command('bale-set', node_name='a', cache_size=size)
                 self.io(qemu, 'read -P 7 64k 64k', 'read -P 7 0 64k')
             for size in ((1 << 40) + 1, (1 << 63) - 1):
-                self.assertIn("'cache-size' must be at most", self.fails(
-                    qemu, 'bale-set', node_name='a', cache_size=size))
+                self.assertIn("'cache-size' must be at most", qemu.fails(
+                    'bale-set', node_name='a', cache_size=size))
             self.assertEqual(self.info(qemu)['stats']['cache-max-bytes'],
                              16 * MIB)
             qemu.command('bale-reset-stats', node_name='a')
@@ -144,9 +137,9 @@ class QueryTest(Base):
                                ('bale-compact', {'job_id': 'j'}),
                                ('bale-verify', {'job_id': 'j'})):
                 self.assertIn("Failed to find node with node-name='b'",
-                              self.fails(qemu, name, node_name='b', **more))
-                self.assertIn('is a file node, not a bale node', self.fails(
-                    qemu, name, node_name='a-file', **more))
+                              qemu.fails(name, node_name='b', **more))
+                self.assertIn('is a file node, not a bale node', qemu.fails(
+                    name, node_name='a-file', **more))
             self.assertEqual(qemu.command('query-jobs'), [])
 
     def test_commands_of_both_programs_are_described(self):
@@ -185,8 +178,8 @@ class QueryTest(Base):
             # There is nothing behind the checkpoint
             self.assertEqual(self.info(qemu)['store']['recovered-records'], 0)
             self.io(qemu, 'read -P 7 0 1M')
-            self.assertIn('is read-only', self.fails(
-                qemu, 'bale-checkpoint', node_name='a'))
+            self.assertIn('is read-only', qemu.fails(
+                'bale-checkpoint', node_name='a'))
         check('a.bale')
         io('a.bale', 'read -P 8 0 1M')
 
@@ -215,7 +208,7 @@ class QueryTest(Base):
                 qemu.command('blockdev-reopen', **threads(number))
                 info, = qemu.command('query-bale', node_name='a')
                 self.assertEqual(info['stats']['workers'], number)
-            self.assertIn('256', self.fails(qemu, 'blockdev-reopen',
+            self.assertIn('256', qemu.fails('blockdev-reopen',
                                             **threads(257)))
             for number in (2, 4, 1):
                 qemu.command('bale-set', node_name='a',
@@ -230,8 +223,8 @@ class QueryTest(Base):
             cores = info['stats']['workers']
             self.assertGreater(cores, 0)
             # Too many: nothing else changes either
-            self.assertIn('256', self.fails(
-                qemu, 'bale-set', node_name='a', compression_threads=257,
+            self.assertIn('256', qemu.fails(
+                'bale-set', node_name='a', compression_threads=257,
                 max_size=64 * MIB, speed=MIB))
             info, = qemu.command('query-bale', node_name='a')
             self.assertEqual([info['stats']['workers'], info['speed'],
@@ -261,8 +254,8 @@ class ImageTest(Base):
                                   image['snapshots']), ('', 16 * MIB, []))
                 command('create', 'one', size=8 * MIB,
                         compression_type='deflate', compression_level=1)
-                self.assertIn('Node', self.fails(
-                    qemu, 'bale-image-create', node_name='a', image='one',
+                self.assertIn('Node', qemu.fails(
+                    'bale-image-create', node_name='a', image='one',
                     size=8 * MIB))
                 image = self.listed(qemu)['one']
                 self.assertEqual(
@@ -297,10 +290,10 @@ class ImageTest(Base):
             qemu.command('bale-image-clone', node_name='a', image='',
                          snapshot='s', new_name='old')
             self.assertEqual(set(self.listed(qemu)), {'', 'old'})
-            self.assertIn('is open in node', self.fails(
-                qemu, 'bale-image-rollback', node_name='a', image='',
+            self.assertIn('is open in node', qemu.fails(
+                'bale-image-rollback', node_name='a', image='',
                 snapshot='s'))
-            self.fails(qemu, 'bale-image-delete', node_name='a', image='')
+            qemu.fails('bale-image-delete', node_name='a', image='')
             self.io(qemu, 'read -P 8 0 1M')
             self.assertIsNone(self.verify(qemu))
             qemu.command('bale-image-snapshot-delete', node_name='a',
@@ -388,14 +381,14 @@ class ImageTest(Base):
                     ('rollback', {'image': 'none', 'snapshot': 's'}),
                     ('set-read-only', {'image': 'none',
                                        'read_only': True})):
-                self.fails(qemu, f'bale-image-{name}', node_name='a',
+                qemu.fails(f'bale-image-{name}', node_name='a',
                            **arguments)
             self.assertEqual(self.listed(qemu), before)
             qemu.command('blockdev-del', node_name='a')
             self.add(qemu, **{'read-only': True})
             self.assertEqual(self.listed(qemu), before)
-            self.assertIn('is read-only', self.fails(
-                qemu, 'bale-image-create', node_name='a', image='c',
+            self.assertIn('is read-only', qemu.fails(
+                'bale-image-create', node_name='a', image='c',
                 size=MIB))
         check('a.bale')
 
@@ -474,8 +467,8 @@ class JobTest(Base):
                 self.add(qemu, 'b.bale')
                 self.start_slow(qemu, command)
                 self.assertEqual(self.info(qemu)['job'], 'j')
-                self.assertIn("has a job already: 'j'", self.fails(
-                    qemu, 'bale-verify', job_id='k', node_name='a'))
+                self.assertIn("has a job already: 'j'", qemu.fails(
+                    'bale-verify', job_id='k', node_name='a'))
                 qemu.command('job-pause', id='j')
                 qemu.wait_event('JOB_STATUS_CHANGE', id='j', status='paused')
                 self.io(qemu, 'write -P 3 1M 1M')
@@ -503,10 +496,10 @@ class JobTest(Base):
         with Qemu(DAEMON) as qemu:
             self.add(qemu)
             self.start_slow(qemu, 'bale-compact')
-            self.assertIn('in use', self.fails(qemu, 'blockdev-del',
+            self.assertIn('in use', qemu.fails('blockdev-del',
                                                node_name='a'))
-            self.assertIn('has a job that writes', self.fails(
-                qemu, 'blockdev-reopen', options=[{
+            self.assertIn('has a job that writes', qemu.fails(
+                'blockdev-reopen', options=[{
                     'driver': 'bale', 'node-name': 'a', 'file': 'a-file',
                     'read-only': True}]))
             before = self.info(qemu)['stats']['checkpoints']
@@ -555,15 +548,15 @@ class JobTest(Base):
         io('a.bale', 'write 0 1M')
         with Qemu(DAEMON) as qemu:
             self.add(qemu, **{'read-only': True})
-            self.assertIn('Invalid job ID', self.fails(
-                qemu, 'bale-verify', job_id='?!', node_name='a'))
-            self.assertIn('is read-only', self.fails(
-                qemu, 'bale-compact', job_id='j', node_name='a'))
+            self.assertIn('Invalid job ID', qemu.fails(
+                'bale-verify', job_id='?!', node_name='a'))
+            self.assertIn('is read-only', qemu.fails(
+                'bale-compact', job_id='j', node_name='a'))
             qemu.command('bale-verify', job_id='j', node_name='a',
                          auto_finalize=False, auto_dismiss=False)
             qemu.wait_event('JOB_STATUS_CHANGE', id='j', status='pending')
-            self.assertIn('already', self.fails(
-                qemu, 'bale-verify', job_id='k', node_name='a'))
+            self.assertIn('already', qemu.fails(
+                'bale-verify', job_id='k', node_name='a'))
             qemu.command('job-finalize', id='j')
             qemu.wait_event('JOB_STATUS_CHANGE', id='j', status='concluded')
             qemu.command('blockdev-del', node_name='a')
@@ -584,8 +577,8 @@ class EventTest(Base):
             event = qemu.wait_event('BALE_STORE_FAILED')
             self.assertEqual(event['data']['node-name'], 'a')
             self.assertIn('Input/output error', event['data']['reason'])
-            self.assertIn("Could not flush node 'a'", self.fails(
-                qemu, 'bale-flush', node_name='a'))
+            self.assertIn("Could not flush node 'a'", qemu.fails(
+                'bale-flush', node_name='a'))
             self.assertTrue(self.info(qemu)['store']['failed'])
             self.assertIn('it takes no more writes', qemu.process.output())
 

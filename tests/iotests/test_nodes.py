@@ -10,7 +10,7 @@ import os
 import bale_iotests
 from bale_images import MIB
 from bale_iotests import bale, run
-from bale_qmp import Qemu, QmpError
+from bale_qmp import Qemu
 
 SYSTEM, DAEMON = 'qemu-system-x86_64', 'qemu-storage-daemon'
 PROGRAMS = (DAEMON, SYSTEM)
@@ -36,13 +36,6 @@ class Base(bale_iotests.TestCase):
     def delete(self, qemu, *nodes):
         for node in nodes:
             qemu.command('blockdev-del', node_name=node)
-
-    def fails(self, qemu, name, /, **arguments):
-        try:
-            qemu.command(name, **arguments)
-        except QmpError as error:
-            return str(error)
-        raise AssertionError(f'{name} succeeded')
 
     def export(self, qemu, *nodes, **options):
         """Serves nodes for writing; their URLs."""
@@ -112,8 +105,8 @@ class NodesTest(Base):
                 self.io(b, 'read -P 2 0 8k', 'read -P 4 8k 4k')
                 self.unexport(qemu, 'a', 'b')
                 self.delete(qemu, 'a')
-                self.assertIn('in use', self.fails(
-                    qemu, 'blockdev-del', node_name='store0'))
+                self.assertIn('in use', qemu.fails(
+                    'blockdev-del', node_name='store0'))
                 self.delete(qemu, 'b', 'store0')
                 self.assertEqual(qemu.command('query-named-block-nodes'), [])
             self.expect('a', 'read -P 3 4k 4k', 'read -P 1 8k 8184k')
@@ -158,8 +151,8 @@ class NodesTest(Base):
             with Qemu(program) as qemu:
                 self.add(qemu, 'a')
                 for options in ({}, {'read_only': True}):
-                    self.assertIn("in use by node 'a'", self.fails(
-                        qemu, 'blockdev-add', driver='bale', image='a',
+                    self.assertIn("in use by node 'a'", qemu.fails(
+                        'blockdev-add', driver='bale', image='a',
                         node_name='a2', file={
                             'driver': 'file', 'filename': 'x.bale'},
                         **options))
@@ -169,8 +162,8 @@ class NodesTest(Base):
                 # ... and two may read the same one, but not while a third
                 # writes
                 self.add(qemu, 'a@s', 's2', **{'read-only': True})
-                self.assertIn('Failed to get "write" lock', self.fails(
-                    qemu, 'blockdev-add', driver='bale', image='b',
+                self.assertIn('Failed to get "write" lock', qemu.fails(
+                    'blockdev-add', driver='bale', image='b',
                     node_name='b', file={
                         'driver': 'file', 'filename': 'x.bale'}))
                 self.delete(qemu, 's')
@@ -184,8 +177,8 @@ class NodesTest(Base):
                                    'cache-size': 4 * MIB})
             for option, value in (('compression-threads', 1),
                                   ('cache-size', 8 * MIB)):
-                self.assertIn(f"'{option}' is of the store", self.fails(
-                    qemu, 'blockdev-add', driver='bale', image='b',
+                self.assertIn(f"'{option}' is of the store", qemu.fails(
+                    'blockdev-add', driver='bale', image='b',
                     node_name='b', file={'driver': 'file',
                                          'filename': 'x.bale'},
                     **{option: value}))
@@ -220,8 +213,8 @@ class NodesTest(Base):
                                      qemu.command('query-bale')))
                 a, = self.export(qemu, 'a')
                 self.io(a, 'write -P 1 0 1M')
-                self.assertIn('read-only', self.fails(
-                    qemu, 'block-export-add', type='nbd', id='x',
+                self.assertIn('read-only', qemu.fails(
+                    'block-export-add', type='nbd', id='x',
                     node_name='b', writable=True))
                 reopen('b', False)
                 b, = self.export(qemu, 'b')
@@ -230,8 +223,8 @@ class NodesTest(Base):
                 reopen('a', True)
                 self.io(b, 'write -P 3 1M 1M')
                 # Nobody else may write to the file
-                self.assertIn("unshared by node 'a'", self.fails(
-                    qemu, 'block-export-add', type='nbd', id='x',
+                self.assertIn("unshared by node 'a'", qemu.fails(
+                    'block-export-add', type='nbd', id='x',
                     node_name='store0', writable=True))
                 result = bale('run', 'qemu-io', '-c', 'quit', '--image-opts',
                               'driver=bale,file.filename=x.bale,image=a')
@@ -247,8 +240,8 @@ class NodesTest(Base):
                 qemu.command('blockdev-add', driver='throttle',
                              node_name='slow', throttle_group='t',
                              file='store0')
-                self.assertIn('cannot be changed', self.fails(
-                    qemu, 'blockdev-reopen', options=[{
+                self.assertIn('cannot be changed', qemu.fails(
+                    'blockdev-reopen', options=[{
                         'driver': 'bale', 'node-name': 'a', 'image': 'a',
                         'file': 'slow'}]))
                 self.delete(qemu, 'b')
@@ -289,8 +282,8 @@ class NodesTest(Base):
         with Qemu(DAEMON) as qemu:
             self.add_file(qemu, **{'read-only': True})
             self.add(qemu, 'a', file='store0', **{'read-only': True})
-            self.assertIn('read-only', self.fails(
-                qemu, 'blockdev-add', driver='bale', image='b',
+            self.assertIn('read-only', qemu.fails(
+                'blockdev-add', driver='bale', image='b',
                 node_name='b', file={'driver': 'file',
                                      'filename': 'x.bale'}))
             self.delete(qemu, 'a', 'store0')
@@ -403,15 +396,15 @@ class NodesTest(Base):
         with Qemu(DAEMON) as qemu:
             self.add(qemu, 'a')
             self.add(qemu, 'b')
-            self.assertIn("open in node 'b'", self.fails(
-                qemu, 'bale-image-rollback', node_name='a', image='b',
+            self.assertIn("open in node 'b'", qemu.fails(
+                'bale-image-rollback', node_name='a', image='b',
                 snapshot='s'))
-            self.assertIn('in use', self.fails(
-                qemu, 'bale-image-delete', node_name='a', image='b'))
+            self.assertIn('in use', qemu.fails(
+                'bale-image-delete', node_name='a', image='b'))
             qemu.command('bale-verify', job_id='v', node_name='a',
                          auto_finalize=False)
-            self.assertIn('has a job already', self.fails(
-                qemu, 'bale-verify', job_id='w', node_name='b'))
+            self.assertIn('has a job already', qemu.fails(
+                'bale-verify', job_id='w', node_name='b'))
             # The one without the job can go
             self.delete(qemu, 'b')
             self.add(qemu, 'b')
