@@ -10,7 +10,7 @@
 
 #include "../../block/extstore/store-internal.h"
 #include "extstore/bitmap.h"
-#include "extstore/device-sim.h"
+#include "stores.h"
 
 #define IMAGE_SIZE  (64ull << 20)
 #define GRANULARITY 512u
@@ -28,12 +28,7 @@ typedef struct Fixture {
 
 static void fixture_open(Fixture *f)
 {
-    g_autoptr(GError) err = NULL;
-
-    f->store = bale_store_open(f->dev, &f->open, &err);
-    g_assert_no_error(err);
-    f->image = bale_image_open(f->store, "n", &err);
-    g_assert_no_error(err);
+    f->store = test_store_open(f->dev, &f->open, "n", &f->image);
 }
 
 static void fixture_init(Fixture *f)
@@ -45,37 +40,30 @@ static void fixture_init(Fixture *f)
         .cluster_size = CLUSTER,
         .codec = BALE_CODEC_ZSTD,
     };
-    g_autoptr(GError) err = NULL;
 
     memset(f, 0, sizeof(*f));
     f->open.workers = 2;
     f->open.cache_size = 1u << 20;
     f->sim.no_history = true;
-    f->dev = bale_sim_new(&f->sim);
-    g_assert_true(bale_store_create(f->dev, &o, &err));
-    g_assert_no_error(err);
+    f->dev = test_store_new(&f->sim, &o);
     fixture_open(f);
 }
 
 static void fixture_close(Fixture *f)
 {
-    g_autoptr(GError) err = NULL;
-
-    bale_image_close(f->image);
-    g_assert_true(bale_store_close(f->store, &err));
-    g_assert_no_error(err);
+    test_store_close(f->store, f->image);
 }
 
 static void fixture_reopen(Fixture *f, bool clean)
 {
-    g_autoptr(BaleSimImage) image = NULL;
+    BaleDevice *dev;
 
     if (clean) {
-        g_assert_true(bale_store_checkpoint(f->store, NULL));
+        test_store_checkpoint(f->store);
     }
-    image = bale_sim_image(f->dev);
+    dev = test_device_copy(f->dev, &f->sim);
     fixture_close(f);
-    f->dev = bale_sim_new_from_image(image, &f->sim);
+    f->dev = dev;
     fixture_open(f);
 }
 
@@ -275,7 +263,7 @@ static void test_power_cut(void)
     store_ok(&cut->f, "b");
     memcpy(cut->after, cut->f.bits, BITS_LEN);
     cut->stored = bale_sim_events(cut->f.dev);
-    g_assert_true(bale_store_checkpoint(cut->f.store, NULL));
+    test_store_checkpoint(cut->f.store);
     cut->f.sim.no_history = true;
     states = bale_sim_crash_states(cut->f.dev, &o, cut_look, cut);
     g_test_message("%" G_GUINT64_FORMAT " states", states);

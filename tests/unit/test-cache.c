@@ -7,8 +7,7 @@
 #include <pthread.h>
 #include <string.h>
 
-#include "extstore/device-sim.h"
-#include "extstore/store.h"
+#include "stores.h"
 
 #define CLUSTER 16384u
 #define CLUSTERS 2048u
@@ -20,16 +19,6 @@ typedef struct Fixture {
     BaleImage *image;
     uint32_t generation[CLUSTERS]; /* atomic; of what was written last */
 } Fixture;
-
-static uint64_t test_seed(void)
-{
-    const char *env = g_getenv("BALE_SEED");
-    uint64_t seed = env ? g_ascii_strtoull(env, NULL, 0)
-                        : (uint64_t)g_get_real_time();
-
-    g_test_message("BALE_SEED=%" G_GUINT64_FORMAT, seed);
-    return seed;
-}
 
 /* Every sector tells its cluster and generation. */
 static void content(uint8_t *buf, uint32_t cluster, uint32_t generation)
@@ -69,7 +58,6 @@ static uint32_t get(Fixture *f, uint32_t cluster, uint32_t sector)
 
 static void fixture_init(Fixture *f, uint32_t cached)
 {
-    g_autoptr(GError) err = NULL;
     BaleCreateOptions create = {
         .size = (uint64_t)CLUSTERS * CLUSTER,
         .page_size = 2u << 20,
@@ -80,17 +68,11 @@ static void fixture_init(Fixture *f, uint32_t cached)
         .workers = 2,
         .cache_size = (uint64_t)cached * CLUSTER,
     };
-    BaleDevice *dev;
 
     memset(f, 0, sizeof(*f));
     f->sim.no_history = true;
-    dev = bale_sim_new(&f->sim);
-    g_assert_true(bale_store_create(dev, &create, &err));
-    g_assert_no_error(err);
-    f->store = bale_store_open(dev, &open, &err);
-    g_assert_no_error(err);
-    f->image = bale_image_open(f->store, NULL, &err);
-    g_assert_no_error(err);
+    f->store = test_store_open(test_store_new(&f->sim, &create), &open, NULL,
+                               &f->image);
     for (uint32_t i = 0; i < CLUSTERS; i++) {
         put(f, i, 1);
     }
@@ -99,11 +81,7 @@ static void fixture_init(Fixture *f, uint32_t cached)
 
 static void fixture_close(Fixture *f)
 {
-    g_autoptr(GError) err = NULL;
-
-    bale_image_close(f->image);
-    g_assert_true(bale_store_close(f->store, &err));
-    g_assert_no_error(err);
+    test_store_close(f->store, f->image);
 }
 
 static uint64_t hits(Fixture *f)

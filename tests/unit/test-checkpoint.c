@@ -4,12 +4,11 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
-#include "extstore/store.h"
 
 #include <string.h>
 
 #include "../../block/extstore/store-internal.h"
-#include "extstore/device-sim.h"
+#include "stores.h"
 
 #define CLUSTER 4096u
 #define CLUSTERS 64u
@@ -21,6 +20,8 @@ typedef struct Fixture {
     unsigned complaints;
     uint8_t model[CLUSTERS * CLUSTER];
 } Fixture;
+
+static const BaleSimOptions sim_options = { .no_history = true };
 
 static void fixture_complain(void *opaque, const char *what)
 {
@@ -35,12 +36,8 @@ static void fixture_open(Fixture *f)
     BaleOpenOptions o = { .workers = 2,
                           .damage = fixture_complain,
                           .notify_opaque = f };
-    g_autoptr(GError) err = NULL;
 
-    f->store = bale_store_open(f->dev, &o, &err);
-    g_assert_no_error(err);
-    f->image = bale_image_open(f->store, NULL, &err);
-    g_assert_no_error(err);
+    f->store = test_store_open(f->dev, &o, NULL, &f->image);
 }
 
 static void fixture_init(Fixture *f, uint64_t size)
@@ -48,31 +45,21 @@ static void fixture_init(Fixture *f, uint64_t size)
     BaleCreateOptions o = { .size = size, .page_size = 2u << 20,
                             .cluster_size = CLUSTER,
                             .codec = BALE_CODEC_ZSTD };
-    BaleSimOptions sim = { .no_history = true };
-    g_autoptr(GError) err = NULL;
 
     memset(f, 0, sizeof(*f));
-    f->dev = bale_sim_new(&sim);
-    g_assert_true(bale_store_create(f->dev, &o, &err));
-    g_assert_no_error(err);
+    f->dev = test_store_new(&sim_options, &o);
     fixture_open(f);
 }
 
 static void fixture_close(Fixture *f)
 {
-    g_autoptr(GError) err = NULL;
-
-    bale_image_close(f->image);
-    g_assert_true(bale_store_close(f->store, &err));
-    g_assert_no_error(err);
+    test_store_close(f->store, f->image);
 }
 
 /* What the device holds now, as a device; the store is closed behind it. */
 static void fixture_kill(Fixture *f)
 {
-    BaleSimOptions sim = { .no_history = true };
-    g_autoptr(BaleSimImage) image = bale_sim_image(f->dev);
-    BaleDevice *dev = bale_sim_new_from_image(image, &sim);
+    BaleDevice *dev = test_device_copy(f->dev, &sim_options);
 
     fixture_close(f);
     f->dev = dev;
@@ -263,12 +250,7 @@ static void test_damaged_clean(void)
     fixture_write(&f, 0, 8, 1);
     fixture_checkpoint(&f);
     fixture_write(&f, 8, 4, 60);
-    {
-        g_autoptr(GError) err = NULL;
-
-        g_assert_true(bale_store_checkpoint(f.store, &err));
-        g_assert_no_error(err);
-    }
+    test_store_checkpoint(f.store);
     fixture_kill(&f);
     damage_root(&f, 96);
     fixture_open(&f);
@@ -360,13 +342,10 @@ static void test_large_index(void)
     for (int i = 0; i < 2; i++) {
         if (i == 0) {
             fixture_checkpoint(&f);
-            fixture_kill(&f);
         } else {
-            g_autoptr(GError) err = NULL;
-
-            g_assert_true(bale_store_checkpoint(f.store, &err));
-            fixture_kill(&f);
+            test_store_checkpoint(f.store);
         }
+        fixture_kill(&f);
         fixture_open(&f);
         g_assert_cmpint(bale_image_status(f.image, 4096ull * CLUSTER,
                                           clusters * CLUSTER -
@@ -415,9 +394,7 @@ static void test_kept_parts(void)
                         ==, 0);
         fixture_flush(&f);
         if (round % 4 == 2) {
-            g_autoptr(GError) err = NULL;
-
-            g_assert_true(bale_store_checkpoint(f.store, &err));
+            test_store_checkpoint(f.store);
         } else if (round % 4 > 0) {
             fixture_checkpoint(&f);
         }
@@ -503,7 +480,7 @@ static void close_once(void)
     BaleCreateOptions o = { .size = 4u << 20, .page_size = 2u << 20,
                             .cluster_size = 64u << 10,
                             .codec = BALE_CODEC_NONE };
-    BaleDevice *dev = bale_sim_new(&sim);
+    BaleDevice *dev = test_store_new(&sim, &o);
     g_autofree uint8_t *data = g_malloc0(o.size);
     BaleDeviceOps ops = *dev->ops;
     const BaleDeviceOps *own = dev->ops;
@@ -511,7 +488,6 @@ static void close_once(void)
     Fixture f = { .dev = dev };
     BaleStoreInfo info;
 
-    g_assert_true(bale_store_create(dev, &o, &err));
     ops.destroy = keep_device;
     dev->ops = &ops;
     fixture_open(&f);

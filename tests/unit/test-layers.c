@@ -10,8 +10,7 @@
 #include <string.h>
 
 #include "../../block/extstore/store-internal.h"
-#include "extstore/device-sim.h"
-#include "extstore/store.h"
+#include "stores.h"
 
 #define IMAGE_SIZE (2u << 20)
 #define CLUSTER    16384u
@@ -34,11 +33,6 @@ typedef struct Fixture {
     GPtrArray *models;
     unsigned names;
 } Fixture;
-
-static void complain(void *opaque, const char *what)
-{
-    g_error("the store says: %s", what);
-}
 
 static void model_free(void *opaque)
 {
@@ -70,10 +64,9 @@ static void fixture_open(Fixture *f)
 {
     g_autoptr(GError) err = NULL;
 
-    f->open.damage = complain;
-    f->open.failed = complain;
-    f->store = bale_store_open(f->dev, &f->open, &err);
-    g_assert_no_error(err);
+    f->open.damage = test_complain;
+    f->open.failed = test_complain;
+    f->store = test_store_open(f->dev, &f->open, NULL, NULL);
     for (guint i = 0; i < f->models->len; i++) {
         Model *m = g_ptr_array_index(f->models, i);
 
@@ -93,24 +86,19 @@ static void fixture_init(Fixture *f, const char *name)
         .cluster_size = CLUSTER,
         .codec = BALE_CODEC_ZSTD,
     };
-    g_autoptr(GError) err = NULL;
 
     memset(f, 0, sizeof(*f));
     f->models = g_ptr_array_new_with_free_func(model_free);
     f->open.workers = 2;
     f->open.cache_size = 1u << 20;
     f->sim.no_history = true;
-    f->dev = bale_sim_new(&f->sim);
-    g_assert_true(bale_store_create(f->dev, &o, &err));
-    g_assert_no_error(err);
+    f->dev = test_store_new(&f->sim, &o);
     model_add(f, name ? name : "", NULL, NULL);
     fixture_open(f);
 }
 
 static void fixture_close(Fixture *f)
 {
-    g_autoptr(GError) err = NULL;
-
     for (guint i = 0; i < f->models->len; i++) {
         Model *m = g_ptr_array_index(f->models, i);
 
@@ -119,8 +107,7 @@ static void fixture_close(Fixture *f)
             m->image = NULL;
         }
     }
-    g_assert_true(bale_store_close(f->store, &err));
-    g_assert_no_error(err);
+    test_store_close(f->store, NULL);
     f->store = NULL;
 }
 
@@ -134,11 +121,9 @@ static void fixture_clear(Fixture *f)
 static void fixture_reopen(Fixture *f, bool clean)
 {
     g_autoptr(BaleSimImage) image = NULL;
-    g_autoptr(GError) err = NULL;
 
     if (clean) {
-        g_assert_true(bale_store_checkpoint(f->store, &err));
-        g_assert_no_error(err);
+        test_store_checkpoint(f->store);
     } else {
         g_assert_cmpint(bale_store_flush_sync(f->store), ==, 0);
     }

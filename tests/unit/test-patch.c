@@ -7,8 +7,7 @@
 #include <errno.h>
 #include <string.h>
 
-#include "extstore/device-sim.h"
-#include "extstore/store.h"
+#include "stores.h"
 
 #define CLUSTER 65536u
 #define BLOCK   4096u
@@ -32,57 +31,44 @@ static void complain(void *opaque, const char *what)
 
 static void fixture_open(Fixture *f, bool read_only)
 {
-    g_autoptr(GError) err = NULL;
-
     f->open.read_only = read_only;
     f->open.workers = 2;
     f->open.damage = complain;
     f->open.notify_opaque = f;
-    f->store = bale_store_open(f->dev, &f->open, &err);
-    g_assert_no_error(err);
-    f->image = bale_image_open(f->store, NULL, &err);
-    g_assert_no_error(err);
+    f->store = test_store_open(f->dev, &f->open, NULL, &f->image);
 }
 
 static void fixture_init(Fixture *f)
 {
-    g_autoptr(GError) err = NULL;
-
     memset(f, 0, sizeof(*f));
     f->create.size = CLUSTERS * CLUSTER;
     f->create.page_size = 2u << 20;
     f->create.cluster_size = CLUSTER;
     f->create.codec = BALE_CODEC_ZSTD;
     f->sim.no_history = true;
-    f->dev = bale_sim_new(&f->sim);
-    g_assert_true(bale_store_create(f->dev, &f->create, &err));
-    g_assert_no_error(err);
+    f->dev = test_store_new(&f->sim, &f->create);
     fixture_open(f, false);
 }
 
 static void fixture_close(Fixture *f)
 {
-    g_autoptr(GError) err = NULL;
-
-    bale_image_close(f->image);
-    g_assert_true(bale_store_close(f->store, &err));
-    g_assert_no_error(err);
+    test_store_close(f->store, f->image);
     f->dev = NULL;
 }
 
 /* The device as it is now, without and with a close before. */
 static void fixture_kill(Fixture *f, bool read_only)
 {
-    g_autoptr(BaleSimImage) image = bale_sim_image(f->dev);
+    BaleDevice *dev = test_device_copy(f->dev, &f->sim);
 
     fixture_close(f);
-    f->dev = bale_sim_new_from_image(image, &f->sim);
+    f->dev = dev;
     fixture_open(f, read_only);
 }
 
 static void fixture_reopen(Fixture *f)
 {
-    g_assert_true(bale_store_checkpoint(f->store, NULL));
+    test_store_checkpoint(f->store);
     fixture_kill(f, false);
 }
 

@@ -7,8 +7,7 @@
 #include <errno.h>
 #include <string.h>
 
-#include "extstore/device-sim.h"
-#include "extstore/store.h"
+#include "stores.h"
 
 #define CLUSTER 65536u
 #define PAGE (2u << 20)
@@ -25,20 +24,16 @@ typedef struct Fixture {
     GRand *rand;
 } Fixture;
 
+static const BaleSimOptions sim_options = { .no_history = true };
+
 static void fixture_open(Fixture *f)
 {
-    g_autoptr(GError) err = NULL;
-
     f->open.workers = 2;
-    f->store = bale_store_open(f->dev, &f->open, &err);
-    g_assert_no_error(err);
-    f->image = bale_image_open(f->store, NULL, &err);
-    g_assert_no_error(err);
+    f->store = test_store_open(f->dev, &f->open, NULL, &f->image);
 }
 
 static void fixture_init(Fixture *f, uint64_t max_size)
 {
-    BaleSimOptions sim = { .no_history = true };
     BaleCreateOptions create = {
         .size = IMAGE_SIZE,
         .cluster_size = CLUSTER,
@@ -46,24 +41,17 @@ static void fixture_init(Fixture *f, uint64_t max_size)
         .codec = BALE_CODEC_NONE,
         .max_size = max_size,
     };
-    g_autoptr(GError) err = NULL;
 
     memset(f, 0, sizeof(*f));
     f->rand = g_rand_new_with_seed(7);
     f->model = g_malloc0(IMAGE_SIZE);
-    f->dev = bale_sim_new(&sim);
-    g_assert_true(bale_store_create(f->dev, &create, &err));
-    g_assert_no_error(err);
+    f->dev = test_store_new(&sim_options, &create);
     fixture_open(f);
 }
 
 static void fixture_close(Fixture *f)
 {
-    g_autoptr(GError) err = NULL;
-
-    bale_image_close(f->image);
-    g_assert_true(bale_store_close(f->store, &err));
-    g_assert_no_error(err);
+    test_store_close(f->store, f->image);
 }
 
 static void fixture_free(Fixture *f)
@@ -75,15 +63,12 @@ static void fixture_free(Fixture *f)
 
 static void fixture_reopen(Fixture *f)
 {
-    g_autoptr(GError) err = NULL;
-    g_autoptr(BaleSimImage) image = NULL;
-    BaleSimOptions sim = { .no_history = true };
+    BaleDevice *dev;
 
-    g_assert_true(bale_store_checkpoint(f->store, &err));
-    g_assert_no_error(err);
-    image = bale_sim_image(f->dev);
+    test_store_checkpoint(f->store);
+    dev = test_device_copy(f->dev, &sim_options);
     fixture_close(f);
-    f->dev = bale_sim_new_from_image(image, &sim);
+    f->dev = dev;
     fixture_open(f);
 }
 
@@ -506,8 +491,7 @@ static void test_others_go_on_beside_a_command(void)
         g_assert_cmpint(write_cluster(&f, 1 + 2 * (i % 65)), ==, 0);
     }
     /* One that must have the store for itself goes on as well. */
-    g_assert_true(bale_store_checkpoint(f.store, &err));
-    g_assert_no_error(err);
+    test_store_checkpoint(f.store);
     g_assert_cmpint(write_cluster(&f, 1), ==, 0);
     __atomic_store_n(&c.rate, 0, __ATOMIC_RELAXED);
     g_thread_join(thread);

@@ -6,8 +6,7 @@
  */
 #include <string.h>
 
-#include "extstore/device-sim.h"
-#include "extstore/store.h"
+#include "stores.h"
 
 #define CLUSTER 16384u
 #define IMAGE_SIZE (16u << 20)
@@ -21,7 +20,6 @@ typedef struct Fixture {
 
 static void fixture_init(Fixture *f, uint64_t cache_size)
 {
-    g_autoptr(GError) err = NULL;
     BaleCreateOptions create = {
         .size = IMAGE_SIZE,
         .page_size = 2u << 20,
@@ -29,26 +27,16 @@ static void fixture_init(Fixture *f, uint64_t cache_size)
         .codec = BALE_CODEC_ZSTD,
     };
     BaleOpenOptions open = { .workers = 2, .cache_size = cache_size };
-    BaleDevice *dev;
 
     memset(f, 0, sizeof(*f));
     f->sim.no_history = true;
-    dev = bale_sim_new(&f->sim);
-    g_assert_true(bale_store_create(dev, &create, &err));
-    g_assert_no_error(err);
-    f->store = bale_store_open(dev, &open, &err);
-    g_assert_no_error(err);
-    f->image = bale_image_open(f->store, NULL, &err);
-    g_assert_no_error(err);
+    f->store = test_store_open(test_store_new(&f->sim, &create), &open, NULL,
+                               &f->image);
 }
 
 static void fixture_close(Fixture *f)
 {
-    g_autoptr(GError) err = NULL;
-
-    bale_image_close(f->image);
-    g_assert_true(bale_store_close(f->store, &err));
-    g_assert_no_error(err);
+    test_store_close(f->store, f->image);
 }
 
 static uint64_t sum(const uint64_t *buckets)
@@ -150,7 +138,7 @@ static void test_counters(void)
     g_assert_cmpuint(s->segment_bytes, >=, s->stored_bytes);
     g_assert_cmpuint(s->write_amplification_permille, >=, 1000);
     g_assert_cmpuint(s->flush_latency.count, ==, 1);
-    g_assert_true(bale_store_checkpoint(f.store, NULL));
+    test_store_checkpoint(f.store);
     s = check(&f);
     g_assert_cmpuint(s->mutable_bytes, ==, 0);
     g_assert_cmpuint(s->patches_live, ==, 0);

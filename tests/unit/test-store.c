@@ -9,8 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "extstore/device-sim.h"
-#include "extstore/store.h"
+#include "stores.h"
 
 #define IMAGE_SIZE (8u << 20)
 #define SECTOR 512u
@@ -24,41 +23,18 @@ typedef struct Fixture {
     BaleImage *image;
 } Fixture;
 
-static uint64_t test_seed(void)
-{
-    const char *env = g_getenv("BALE_SEED");
-    uint64_t seed = env ? g_ascii_strtoull(env, NULL, 0)
-                        : (uint64_t)g_get_real_time();
-
-    g_test_message("BALE_SEED=%" G_GUINT64_FORMAT, seed);
-    return seed;
-}
-
-static void fixture_complain(void *opaque, const char *what)
-{
-    g_error("the store says: %s", what);
-}
-
 static void fixture_open(Fixture *f, bool read_only)
 {
-    g_autoptr(GError) err = NULL;
-
     f->open.read_only = read_only;
-    f->open.damage = fixture_complain;
+    f->open.damage = test_complain;
     if (!f->open.failed) {
-        f->open.failed = fixture_complain;
+        f->open.failed = test_complain;
     }
-    f->store = bale_store_open(f->dev, &f->open, &err);
-    g_assert_no_error(err);
-    g_assert_nonnull(f->store);
-    f->image = bale_image_open(f->store, NULL, &err);
-    g_assert_no_error(err);
+    f->store = test_store_open(f->dev, &f->open, NULL, &f->image);
 }
 
 static void fixture_init(Fixture *f, BaleCodec codec)
 {
-    g_autoptr(GError) err = NULL;
-
     memset(f, 0, sizeof(*f));
     f->create.size = IMAGE_SIZE;
     f->create.page_size = 2u << 20;
@@ -67,37 +43,27 @@ static void fixture_init(Fixture *f, BaleCodec codec)
     f->open.workers = 2;
     f->open.cache_size = 1u << 20;
     f->sim.no_history = true;
-    f->dev = bale_sim_new(&f->sim);
-    g_assert_true(bale_store_create(f->dev, &f->create, &err));
-    g_assert_no_error(err);
+    f->dev = test_store_new(&f->sim, &f->create);
     fixture_open(f, false);
 }
 
 /* The contents of the device now, as a new device. */
 static BaleDevice *fixture_copy_device(Fixture *f)
 {
-    g_autoptr(BaleSimImage) image = bale_sim_image(f->dev);
-
-    return bale_sim_new_from_image(image, &f->sim);
+    return test_device_copy(f->dev, &f->sim);
 }
 
 static void fixture_close(Fixture *f)
 {
-    g_autoptr(GError) err = NULL;
-
-    bale_image_close(f->image);
-    g_assert_true(bale_store_close(f->store, &err));
-    g_assert_no_error(err);
+    test_store_close(f->store, f->image);
     f->dev = NULL;
 }
 
 static void fixture_reopen(Fixture *f)
 {
-    g_autoptr(GError) err = NULL;
     BaleDevice *dev;
 
-    g_assert_true(bale_store_checkpoint(f->store, &err));
-    g_assert_no_error(err);
+    test_store_checkpoint(f->store);
     dev = fixture_copy_device(f);
     fixture_close(f);
     f->dev = dev;
@@ -227,10 +193,9 @@ static void test_revive(void)
     fixture_init(&f, BALE_CODEC_ZSTD);
     fixture_close(&f);
     f.sim.no_history = false;
-    f.dev = bale_sim_new(&f.sim);
     f.open.failed = count_failure;
     f.open.notify_opaque = &failures;
-    g_assert_true(bale_store_create(f.dev, &f.create, &err));
+    f.dev = test_store_new(&f.sim, &f.create);
     fixture_open(&f, false);
     for (unsigned i = 0; i < G_N_ELEMENTS(calls); i++) {
         uint64_t pos = (1 + 2 * i) << 20;
@@ -305,10 +270,9 @@ static void test_session_begins_again(void)
 
         fixture_init(&f, BALE_CODEC_ZSTD);
         fixture_close(&f);
-        f.dev = bale_sim_new(&f.sim);
         f.open.failed = count_failure;
         f.open.notify_opaque = &failures;
-        g_assert_true(bale_store_create(f.dev, &f.create, NULL));
+        f.dev = test_store_new(&f.sim, &f.create);
         fixture_open(&f, false);
         bale_sim_fault(f.dev, &fault);
         g_assert_cmpint(bale_image_write_sync(f.image, 0, model, 65536, 0),
@@ -537,8 +501,7 @@ static void test_full(void)
                                     .page_size = 2u << 20,
                                     .cluster_size = 16384 };
     f.open.workers = 2;
-    f.dev = bale_sim_new(&f.sim);
-    g_assert_true(bale_store_create(f.dev, &f.create, &err));
+    f.dev = test_store_new(&f.sim, &f.create);
     fixture_open(&f, false);
     for (uint64_t i = 0; i < IMAGE_SIZE; i++) {
         model[i] = g_rand_int(rand);
