@@ -101,21 +101,31 @@ void bale_bs_run(BlockDriverState *bs, BaleBlockingFunc *fn, void *opaque)
  * --- Open, close, reopen
  */
 
+/* Those of the runtime options that can change while the store is open. */
+#define BALE_MUTABLE_OPT_DESCS                                       \
+    {                                                                \
+        .name = BALE_OPT_CACHE_SIZE,                                 \
+        .type = QEMU_OPT_SIZE,                                       \
+        .help = "Memory for decompressed clusters (default: 16M)",   \
+    },                                                               \
+    {                                                                \
+        .name = BALE_OPT_COMPRESSION_THREADS,                        \
+        .type = QEMU_OPT_NUMBER,                                     \
+        .help = "Threads that compress and decompress "              \
+                "(default: one for each core)",                      \
+    },                                                               \
+    {                                                                \
+        .name = BALE_OPT_SKIP_UNCHANGED,                             \
+        .type = QEMU_OPT_BOOL,                                       \
+        .help = "Store no cluster again that is written with what "  \
+                "it holds (default: off)",                           \
+    }
+
 static QemuOptsList bale_runtime_opts = {
     .name = "bale",
     .head = QTAILQ_HEAD_INITIALIZER(bale_runtime_opts.head),
     .desc = {
-        {
-            .name = BALE_OPT_CACHE_SIZE,
-            .type = QEMU_OPT_SIZE,
-            .help = "Memory for decompressed clusters (default: 16M)",
-        },
-        {
-            .name = BALE_OPT_COMPRESSION_THREADS,
-            .type = QEMU_OPT_NUMBER,
-            .help = "Threads that compress and decompress "
-                    "(default: one for each core)",
-        },
+        BALE_MUTABLE_OPT_DESCS,
         {
             .name = BALE_OPT_IMAGE,
             .type = QEMU_OPT_STRING,
@@ -127,12 +137,6 @@ static QemuOptsList bale_runtime_opts = {
             .type = QEMU_OPT_BOOL,
             .help = "Read what is left of a store that is marked corrupt, "
                     "which may be old (default: off)",
-        },
-        {
-            .name = BALE_OPT_SKIP_UNCHANGED,
-            .type = QEMU_OPT_BOOL,
-            .help = "Store no cluster again that is written with what it "
-                    "holds (default: off)",
         },
         { /* end of list */ }
     },
@@ -340,28 +344,11 @@ static void coroutine_fn bale_co_invalidate_cache(BlockDriverState *bs,
     }
 }
 
-/* Those of the runtime options that can change while the store is open. */
 static QemuOptsList bale_reopen_opts = {
     .name = "bale-reopen",
     .head = QTAILQ_HEAD_INITIALIZER(bale_reopen_opts.head),
     .desc = {
-        {
-            .name = BALE_OPT_CACHE_SIZE,
-            .type = QEMU_OPT_SIZE,
-            .help = "Memory for decompressed clusters (default: 16M)",
-        },
-        {
-            .name = BALE_OPT_COMPRESSION_THREADS,
-            .type = QEMU_OPT_NUMBER,
-            .help = "Threads that compress and decompress "
-                    "(default: one for each core)",
-        },
-        {
-            .name = BALE_OPT_SKIP_UNCHANGED,
-            .type = QEMU_OPT_BOOL,
-            .help = "Store no cluster again that is written with what it "
-                    "holds (default: off)",
-        },
+        BALE_MUTABLE_OPT_DESCS,
         { /* end of list */ }
     },
 };
