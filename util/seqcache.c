@@ -37,6 +37,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "util/bytemap.h"
+
 /* Buffers kept for reuse, so that a steady stream does not go to malloc. */
 #define MAX_SPARE_BUFFERS 8
 
@@ -111,77 +113,6 @@ struct BaleSeqcache {
 
     BaleSeqcacheStats stats; /* only the part that counts */
 };
-
-/* ------------------------------------------------------ maps of bytes */
-
-/* Bits @bit and up of a word; @bit may be 0 to 63. */
-static uint64_t word_from(size_t bit)
-{
-    return ~(uint64_t)0 << (bit & 63);
-}
-
-/* The mask for the part of word @w that lies in [@from, @to). */
-static uint64_t word_mask(size_t w, size_t from, size_t to)
-{
-    uint64_t mask = ~(uint64_t)0;
-
-    if (w == from / 64) {
-        mask &= word_from(from);
-    }
-    if (w == to / 64) {
-        mask &= ~word_from(to);
-    }
-    return mask;
-}
-
-/* Set [@from, @to), which is not empty; returns how many were clear. */
-static size_t map_set(uint64_t *map, size_t from, size_t to)
-{
-    size_t n = 0;
-
-    for (size_t w = from / 64; w <= (to - 1) / 64; w++) {
-        uint64_t mask = word_mask(w, from, to);
-
-        n += __builtin_popcountll(mask & ~map[w]);
-        map[w] |= mask;
-    }
-    return n;
-}
-
-/* Clear [@from, @to), which is not empty; returns how many were set. */
-static size_t map_clear(uint64_t *map, size_t from, size_t to)
-{
-    size_t n = 0;
-
-    for (size_t w = from / 64; w <= (to - 1) / 64; w++) {
-        uint64_t mask = word_mask(w, from, to);
-
-        n += __builtin_popcountll(mask & map[w]);
-        map[w] &= ~mask;
-    }
-    return n;
-}
-
-/* The first bit in [@from, @to) that equals @value, or @to. */
-static size_t map_find(const uint64_t *map, size_t from, size_t to, bool value)
-{
-    uint64_t flip = value ? 0 : ~(uint64_t)0;
-
-    while (from < to) {
-        uint64_t word = (map[from / 64] ^ flip) & word_from(from);
-
-        if (word) {
-            return MIN(to, (from & ~(size_t)63) + __builtin_ctzll(word));
-        }
-        from = (from & ~(size_t)63) + 64;
-    }
-    return to;
-}
-
-static bool map_test(const uint64_t *map, size_t bit)
-{
-    return map[bit / 64] >> (bit & 63) & 1;
-}
 
 /* ------------------------------------------------- buffers and entries */
 
@@ -535,7 +466,7 @@ static int write_piece(BaleSeqcache *sc, uint64_t index, size_t pos, size_t n,
         }
     }
     cursor_copy(c, e->cur->data + pos, n, false);
-    added = map_set(e->cur->valid, pos, pos + n);
+    added = bale_bytemap_set(e->cur->valid, pos, pos + n);
     e->cur->n_valid += added;
     sc->dirty_bytes += added;
     sc->stats.overwritten_bytes += n - added;
@@ -618,18 +549,18 @@ static size_t entry_run(const Entry *e, size_t pos, size_t to, Buffer **from)
             *from = cur;
             return to;
         }
-        if (map_test(cur->valid, pos)) {
+        if (bale_bytemap_test(cur->valid, pos)) {
             *from = cur;
-            return map_find(cur->valid, pos, to, false);
+            return bale_bytemap_find(cur->valid, pos, to, false);
         }
-        end = map_find(cur->valid, pos, to, true);
+        end = bale_bytemap_find(cur->valid, pos, to, true);
     }
     if (out) {
-        if (map_test(out->valid, pos)) {
+        if (bale_bytemap_test(out->valid, pos)) {
             *from = out;
-            return map_find(out->valid, pos, end, false);
+            return bale_bytemap_find(out->valid, pos, end, false);
         }
-        end = map_find(out->valid, pos, end, true);
+        end = bale_bytemap_find(out->valid, pos, end, true);
     }
     return end;
 }
@@ -749,8 +680,9 @@ static int buffer_pin(BaleSeqcache *sc, Buffer *b)
     size_t end;
 
     b->pinned_bytes = b->n_valid;
-    b->pinned_start = map_find(b->valid, 0, sc->cluster_bytes, true);
-    end = map_find(b->valid, b->pinned_start, sc->cluster_bytes, false);
+    b->pinned_start = bale_bytemap_find(b->valid, 0, sc->cluster_bytes, true);
+    end = bale_bytemap_find(b->valid, b->pinned_start, sc->cluster_bytes,
+                            false);
     if (end - b->pinned_start == b->n_valid) {
         return 0;
     }
@@ -868,8 +800,9 @@ bool bale_seqcache_out_range(const BaleSeqcacheOut *out, size_t *start,
         return false;
     }
     if (out->pinned) {
-        *start = map_find(out->pinned, *start, out->cluster_bytes, true);
-        end = map_find(out->pinned, *start, out->cluster_bytes, false);
+        *start = bale_bytemap_find(out->pinned, *start, out->cluster_bytes,
+                                   true);
+        end = bale_bytemap_find(out->pinned, *start, out->cluster_bytes, false);
     } else {
         end = out->pinned_start + out->pinned_bytes;
         *start = MIN(MAX(*start, out->pinned_start), end);
@@ -895,13 +828,13 @@ static void merge_newer(BaleSeqcache *sc, Buffer *older, const Buffer *newer)
     size_t at = 0, end;
 
     for (;;) {
-        at = map_find(newer->valid, at, sc->cluster_bytes, true);
+        at = bale_bytemap_find(newer->valid, at, sc->cluster_bytes, true);
         if (at == sc->cluster_bytes) {
             break;
         }
-        end = map_find(newer->valid, at, sc->cluster_bytes, false);
+        end = bale_bytemap_find(newer->valid, at, sc->cluster_bytes, false);
         memcpy(older->data + at, newer->data + at, end - at);
-        older->n_valid += map_set(older->valid, at, end);
+        older->n_valid += bale_bytemap_set(older->valid, at, end);
         at = end;
     }
 }
@@ -997,13 +930,13 @@ static void discard_entry(BaleSeqcache *sc, Entry *e, size_t from, size_t to)
     size_t n;
 
     if (e->out) {
-        n = map_clear(e->out->valid, from, to);
+        n = bale_bytemap_clear(e->out->valid, from, to);
         e->out->n_valid -= n;
         sc->out_bytes -= n;
         sc->stats.discarded_bytes += n;
     }
     if (e->cur) {
-        n = map_clear(e->cur->valid, from, to);
+        n = bale_bytemap_clear(e->cur->valid, from, to);
         e->cur->n_valid -= n;
         sc->dirty_bytes -= n;
         sc->stats.discarded_bytes += n;
@@ -1103,16 +1036,6 @@ int64_t bale_seqcache_oldest_time(const BaleSeqcache *sc)
     return INT64_MAX;
 }
 
-/* One past the last set bit of a map that has one. */
-static size_t map_end(const uint64_t *map, size_t words)
-{
-    while (words > 0 && map[words - 1] == 0) {
-        words--;
-    }
-    return words == 0 ? 0
-                      : words * 64 - __builtin_clzll(map[words - 1]);
-}
-
 uint64_t bale_seqcache_end(const BaleSeqcache *sc)
 {
     const Entry *last = NULL;
@@ -1131,10 +1054,10 @@ uint64_t bale_seqcache_end(const BaleSeqcache *sc)
         return 0;
     }
     if (last->cur) {
-        end = map_end(last->cur->valid, sc->map_words);
+        end = bale_bytemap_end(last->cur->valid, sc->map_words);
     }
     if (last->out) {
-        end = MAX(end, map_end(last->out->valid, sc->map_words));
+        end = MAX(end, bale_bytemap_end(last->out->valid, sc->map_words));
     }
     return (last->index << sc->cluster_bits) + end;
 }
@@ -1164,16 +1087,6 @@ void bale_seqcache_reset_stats(BaleSeqcache *sc)
 
 /* -------------------------------------------------------------- checking */
 
-static size_t map_count(const uint64_t *map, size_t words)
-{
-    size_t n = 0;
-
-    for (size_t w = 0; w < words; w++) {
-        n += __builtin_popcountll(map[w]);
-    }
-    return n;
-}
-
 static const char *check_entry(const BaleSeqcache *sc, const Entry *e)
 {
     if (entry_find(sc, e->index) != e) {
@@ -1185,9 +1098,9 @@ static const char *check_entry(const BaleSeqcache *sc, const Entry *e)
     if (e->cur && e->cur->n_valid == 0) {
         return "2: an empty buffer takes writes";
     }
-    if ((e->cur && map_count(e->cur->valid, sc->map_words) !=
+    if ((e->cur && bale_bytemap_count(e->cur->valid, sc->map_words) !=
                        e->cur->n_valid) ||
-        (e->out && map_count(e->out->valid, sc->map_words) !=
+        (e->out && bale_bytemap_count(e->out->valid, sc->map_words) !=
                        e->out->n_valid)) {
         return "3: a byte count differs from its map";
     }
