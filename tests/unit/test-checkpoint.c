@@ -484,7 +484,6 @@ static void close_once(void)
     g_autofree uint8_t *data = g_malloc0(o.size);
     BaleDeviceOps ops = *dev->ops;
     const BaleDeviceOps *own = dev->ops;
-    g_autoptr(GError) err = NULL;
     Fixture f = { .dev = dev };
     BaleStoreInfo info;
 

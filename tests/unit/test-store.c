@@ -489,7 +489,6 @@ static void test_full(void)
 {
     g_autofree uint8_t *model = g_malloc0(IMAGE_SIZE);
     g_autoptr(GRand) rand = g_rand_new_with_seed(4);
-    g_autoptr(GError) err = NULL;
     uint64_t written = 0;
     int ret = 0;
     Fixture f;
