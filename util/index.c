@@ -485,6 +485,17 @@ static Bucket *segment_bucket(Segment *segment, uint64_t hash, Table **table,
     }
 }
 
+void bale_index_prefetch(BaleIndex *index, uint64_t key)
+{
+    Segment *segment = index_segment(index, key, false);
+
+    if (segment) {
+        Table *t = atomic_load(&segment->table);
+
+        __builtin_prefetch(&t->buckets[hash_bucket(t, mix(index, key))], 1);
+    }
+}
+
 uint64_t bale_index_find(BaleIndex *index, uint64_t key)
 {
     Segment *segment = index_segment(index, key, false);

@@ -25,15 +25,8 @@
 /* What a byte of a catalogue takes, in bytes that are verified. */
 #define CATALOGUE_EFFORT 16ull
 
-static int entry_compare(const void *a, const void *b)
-{
-    const ScanEntry *x = a, *y = b;
-
-    if (BALE_PLANTED(sequence_ignored)) {
-        return x->address > y->address ? -1 : x->address < y->address;
-    }
-    return x->seq < y->seq ? -1 : x->seq > y->seq;
-}
+/* So many records before one is applied its place in the index is fetched. */
+#define FETCH_AHEAD 16u
 
 /* Is it in a checkpoint's tail, but older than that?  Then it is a copy. */
 static bool apply_is_old(Scan *scan, const ScanEntry *e)
@@ -55,17 +48,23 @@ static bool apply_wanted(Scan *scan, BaleLayer *layer, const ScanEntry *e,
     if (!apply_is_old(scan, e)) {
         return true;
     }
-    value = bale_layer_find(layer, cluster);
+    value = bale_index_find(layer->index, cluster);
     return value == VALUE_STALE ||
            (value && bale_address_split(s, bale_value_address(value), &page,
                                         &offset) &&
             offset >= scan->from->limit[page]);
 }
 
+static uint64_t apply_page(BaleStore *s, const ScanEntry *e)
+{
+    return (e->address - BALE_SUPER_SIZE) / s->page_size;
+}
+
 /* Read a catalogue.  -ENOENT: it is damaged, which has been reported. */
 static int scan_catalogue(Scan *scan, const ScanEntry *e, BaleCatalogue **cat)
 {
     BaleStore *s = scan->s;
+    uint64_t page = apply_page(s, e);
     const uint8_t *payload;
     BaleRecord r;
     int ret = bale_limit_read(s, CATALOGUE_EFFORT * e->payload_len);
@@ -73,7 +72,7 @@ static int scan_catalogue(Scan *scan, const ScanEntry *e, BaleCatalogue **cat)
     if (ret < 0) {
         return ret;
     }
-    if (bale_scan_record(scan, e->page, e->address - page_address(s, e->page),
+    if (bale_scan_record(scan, page, e->address - page_address(s, page),
                          e->payload_len + BALE_RECORD_HEADER_LEN, &r,
                          &payload) == 0 &&
         bale_catalogue_decode(cat, r.type, s->cluster_size, payload,
@@ -98,7 +97,7 @@ static int scan_catalogue(Scan *scan, const ScanEntry *e, BaleCatalogue **cat)
  * What is stale in a child still hides its parent, when they are merged here:
  * something of the child was there, and what became of it is in the tail.
  */
-static int apply_make_layers(Scan *scan)
+static int apply_make_layers(Scan *scan, const ScanOrder *order, guint n)
 {
     BaleStore *s = scan->s;
     g_autoptr(GArray) seen = g_array_new(FALSE, FALSE,
@@ -106,11 +105,11 @@ static int apply_make_layers(Scan *scan)
     BaleCatalogue *newest = NULL;
     int ret = 0;
 
-    for (guint i = 0; i < scan->entries->len; i++) {
-        ScanEntry *e = &g_array_index(scan->entries, ScanEntry, i);
+    for (guint i = 0; i < n; i++) {
+        const ScanEntry *e = order[i].entry;
         BaleCatalogue *cat;
 
-        if (e->dropped || apply_is_old(scan, e) ||
+        if (apply_is_old(scan, e) ||
             (e->type != BALE_RECORD_IMAGE &&
              e->type != BALE_RECORD_CATALOGUE)) {
             continue;
@@ -167,7 +166,7 @@ static void apply_hide_patches(BaleLayer *layer, uint64_t first,
 /* A catalogue with a smaller size hides what older records say past that. */
 static void apply_tombstone(Scan *scan, const ScanEntry *e)
 {
-    BalePage *p = bale_page(scan->s, e->page);
+    BalePage *p = bale_page(scan->s, apply_page(scan->s, e));
 
     p->tombstone_seq = MAX(p->tombstone_seq, e->seq);
 }
@@ -289,12 +288,26 @@ static void apply_patch(BaleStore *s, BaleLayer *layer, const ScanEntry *e)
     bale_patch_recover(layer->patches, e->cluster, &patch);
 }
 
+/* Records of one layer mostly follow each other. */
+static BaleLayer *apply_layer(Scan *scan, const ScanEntry *e,
+                              uint64_t *clusters)
+{
+    if (!scan->layer_known || scan->layer_id != e->layer) {
+        scan->layer = bale_layer_of_record(scan->s, e->layer,
+                                           &scan->layer_clusters);
+        scan->layer_id = e->layer;
+        scan->layer_known = true;
+    }
+    *clusters = scan->layer_clusters;
+    return scan->layer;
+}
+
 static int apply_entry(Scan *scan, const ScanEntry *e)
 {
     BaleStore *s = scan->s;
     uint64_t clusters;
-    BaleLayer *layer = bale_layer_of_record(s, e->layer, &clusters);
-    BalePage *p = bale_page(s, e->page);
+    BaleLayer *layer = apply_layer(scan, e, &clusters);
+    BalePage *p = bale_page(s, apply_page(s, e));
     int ret;
 
     s->next_seq = MAX(s->next_seq, e->seq + 1);
@@ -347,6 +360,29 @@ static int apply_entry(Scan *scan, const ScanEntry *e)
     default:
         return 0;
     }
+}
+
+/* @e is applied soon. */
+static void apply_fetch(Scan *scan, const ScanEntry *e)
+{
+    if (e->type == BALE_RECORD_DATA && scan->layer &&
+        scan->layer_id == e->layer && e->cluster < scan->layer_clusters) {
+        bale_index_prefetch(scan->layer->index, e->cluster);
+    }
+}
+
+static int apply_entries(Scan *scan, const ScanOrder *order, guint n)
+{
+    int ret = 0;
+
+    for (guint i = 0; ret == 0 && i < n; i++) {
+        if (n - i > 2 * FETCH_AHEAD) {
+            __builtin_prefetch(order[i + 2 * FETCH_AHEAD].entry);
+            apply_fetch(scan, order[i + FETCH_AHEAD].entry);
+        }
+        ret = apply_entry(scan, order[i].entry);
+    }
+    return ret;
 }
 
 static void apply_count_live(uint64_t value, void *opaque)
@@ -431,24 +467,20 @@ static int apply_pages(Scan *scan)
 int bale_scan_apply(Scan *scan)
 {
     BaleStore *s = scan->s;
+    g_autofree ScanOrder *order = NULL;
     GHashTableIter iter;
     void *value;
     int ret = apply_pages(scan);
+    guint n;
 
-    g_array_sort(scan->entries, entry_compare);
     if (ret == 0) {
-        ret = apply_make_layers(scan);
+        order = bale_scan_order(scan, &n);
+        ret = order ? apply_make_layers(scan, order, n) : -ENOMEM;
     }
     if (ret < 0 || !s->catalogue_address) {
         return ret;
     }
-    for (guint i = 0; ret == 0 && i < scan->entries->len; i++) {
-        ScanEntry *e = &g_array_index(scan->entries, ScanEntry, i);
-
-        if (!e->dropped) {
-            ret = apply_entry(scan, e);
-        }
-    }
+    ret = apply_entries(scan, order, n);
     if (ret == 0) {
         ret = apply_drop_stale(scan);
     }

@@ -5,8 +5,10 @@
  *     recover-checkpoint.c  loads a checkpoint
  *     recover-index.c       loads its index
  *     recover-tail.c        finds what was appended after a checkpoint
+ *     recover-read.c        reads pages
  *     recover-scan.c        walks pages; tells torn tails from damage
- *     recover-apply.c       applies what was found, in order of sequence
+ *     recover-order.c       puts what was found in order of sequence
+ *     recover-apply.c       applies it
  *     recover-limit.c       how much memory and work all that may take
  *
  * Threads: the one that opens the store.
@@ -26,11 +28,12 @@ typedef struct ScanEntry {
     uint32_t layer;
     uint32_t count;
     uint32_t payload_len;
-    uint32_t page;
     uint8_t type;
     bool dropped; /* part of a torn tail */
     bool bare;    /* a patch of a cluster that no record held */
 } ScanEntry;
+
+_Static_assert(sizeof(ScanEntry) == 40, "there may be tens of millions");
 
 typedef struct ScanSegment {
     uint64_t offset; /* in the page */
@@ -91,6 +94,8 @@ typedef struct ScanBarrier {
                   * off from the device before the next one */
 } ScanBarrier;
 
+typedef struct ScanHeads ScanHeads;
+
 typedef struct Scan {
     BaleStore *s;
     Checkpoint *from;  /* only what came after this; NULL: everything */
@@ -102,9 +107,16 @@ typedef struct Scan {
     uint8_t *buf;      /* buffer_size bytes */
     size_t buf_len;
     uint64_t window_page, window_begin, window_end; /* what buf holds */
+    uint64_t ahead;    /* bytes that were read with the last of reads that
+                        * follow each other */
+    ScanHeads *heads;
     BaleCatalogue *catalogue; /* the newest one applied */
     const struct ScanEntry *catalogue_entry; /* its record */
-    bool searching;    /* in small steps: read more at once */
+    /* While records are applied: what the last one's layer was found to be. */
+    BaleLayer *layer;
+    uint64_t layer_clusters;
+    uint32_t layer_id;
+    bool layer_known;
     bool lost;         /* clusters were lost that cannot be named */
     int ret;
 } Scan;
@@ -135,13 +147,26 @@ int bale_limit_cluster(BaleStore *s);
 /* If s->limit_exceeded is set: say so, instead of what @errp says. */
 void bale_limit_set_error(BaleStore *s, GError **errp);
 
+/* recover-read.c */
+ScanHeads *bale_scan_heads_new(void);
+void bale_scan_heads_free(ScanHeads *heads);
+/*
+ * All pages are gone through, and @page is next: read the first two blocks of
+ * it and of some that follow, for bale_scan_read().  Where that fails they are
+ * read again when they are asked for.  scan->ret may be -EFBIG after it.
+ */
+void bale_scan_heads(Scan *scan, uint64_t page);
+/*
+ * Read [@offset, @offset + @len) of @page, widened to blocks; valid until the
+ * next call.  NULL: scan->ret is -EIO, -EFBIG or another error.
+ */
+const uint8_t *bale_scan_read(Scan *scan, uint64_t page, uint64_t offset,
+                              uint64_t len);
+
 /* recover-scan.c */
 bool bale_recover_scan(BaleStore *s, GError **errp);
 int bale_scan_init(Scan *scan, BaleStore *s);
 void bale_scan_destroy(Scan *scan);
-/* Read [@offset, @offset + @len) of @page, widened to blocks, to @scan->buf. */
-const uint8_t *bale_scan_read(Scan *scan, uint64_t page, uint64_t offset,
-                              uint64_t len);
 /* List the segments of @page from @offset to its end. */
 void bale_scan_walk(Scan *scan, uint64_t page, uint64_t offset);
 /* Look at the first blocks of @page, which the checkpoint does not know. */
@@ -167,6 +192,14 @@ void bale_scan_judge(Scan *scan);
 int bale_scan_record(Scan *scan, uint64_t page, uint64_t offset,
                      uint32_t len_max, BaleRecord *r,
                      const uint8_t **payload);
+
+/* recover-order.c */
+typedef struct ScanOrder {
+    uint64_t key;
+    const ScanEntry *entry; /* in scan->entries: valid until that grows */
+} ScanOrder;
+/* The *@n entries that are not dropped, to be freed; NULL: no memory. */
+ScanOrder *bale_scan_order(Scan *scan, guint *n);
 
 /* recover-apply.c */
 int bale_scan_apply(Scan *scan);

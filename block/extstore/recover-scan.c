@@ -14,8 +14,9 @@
  *            if each of their records verifies
  *   apply    sort by sequence, set the index (recover-apply.c)
  *
- * Memory: 40 bytes for each record and 48 for each segment, which is bounded
- * by the size of the device: a record takes at least 64 bytes of it.
+ * Memory: 40 bytes for each record and 48 for each segment, and while records
+ * are sorted and applied 32 and 16 more; which is bounded by the size of the
+ * device: a record takes at least 64 bytes of it.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -28,43 +29,7 @@
 #include "util/memory.h"
 #include "util/planted.h"
 
-/* Bytes read at once while damage is searched for the next good record. */
-#define SEARCH_WINDOW (256u << 10)
-
 /* --- reading --- */
-
-const uint8_t *bale_scan_read(Scan *scan, uint64_t page, uint64_t offset,
-                                uint64_t len)
-{
-    uint64_t begin = bale_align_down(offset, BALE_BLOCK_SIZE);
-    uint64_t end = bale_align_up(offset + len, BALE_BLOCK_SIZE);
-
-    if (end - begin > scan->buf_len) {
-        scan->ret = -EIO; /* longer than anything we write */
-        return NULL;
-    }
-    /* The window keeps a search in small steps from reading over and over. */
-    if (page != scan->window_page || begin < scan->window_begin ||
-        end > scan->window_end) {
-        if (scan->searching) {
-            end = MAX(end, MIN(begin + SEARCH_WINDOW, scan->s->page_size));
-        }
-        scan->window_end = 0;
-        scan->ret = bale_limit_read(scan->s, end - begin);
-        if (scan->ret == 0) {
-            scan->ret = bale_device_get_sync(
-                scan->s->dev, page_address(scan->s, page) + begin, scan->buf,
-                end - begin);
-        }
-        if (scan->ret < 0) {
-            return NULL;
-        }
-        scan->window_page = page;
-        scan->window_begin = begin;
-        scan->window_end = end;
-    }
-    return scan->buf + (offset - scan->window_begin);
-}
 
 static uint64_t scan_seed(Scan *scan, uint64_t page, uint64_t offset)
 {
@@ -122,7 +87,6 @@ static void scan_add_entry(Scan *scan, uint64_t page, const BaleRecord *r,
         .layer = r->layer,
         .count = r->count,
         .payload_len = r->payload_len,
-        .page = page,
         .type = r->type,
         .bare = r->flags & BALE_PATCH_BARE,
     };
@@ -228,14 +192,12 @@ static uint64_t scan_search(Scan *scan, uint64_t page, uint64_t offset)
     const uint8_t *payload;
     BaleRecord r;
 
-    scan->searching = true;
     while (offset < scan->s->page_size && scan->ret == 0 &&
            (bale_scan_record(scan, page, offset, BALE_BLOCK_SIZE, &r,
                              &payload) < 0 ||
             r.type != BALE_RECORD_SEGMENT)) {
         offset += BALE_BLOCK_SIZE;
     }
-    scan->searching = false;
     return offset;
 }
 
@@ -428,7 +390,6 @@ static bool scan_judge_segment(Scan *scan, uint64_t page,
                         "page %" PRIu64 ": damaged segment at offset %" PRIu64
                         " below the flush barrier at %" PRIu64,
                         page, segment->offset, proven);
-    scan->searching = true;
     if (segment->kind == SEGMENT_NO_DIRECTORY) {
         scan_salvage_chain(scan, page, segment);
     } else {
@@ -436,7 +397,6 @@ static bool scan_judge_segment(Scan *scan, uint64_t page,
         segment->len = MIN(segment->len, proven - segment->offset);
         scan_salvage_area(scan, page, segment);
     }
-    scan->searching = false;
     return true;
 }
 
@@ -628,9 +588,10 @@ int bale_scan_init(Scan *scan, BaleStore *s)
     scan->page = g_try_new0(ScanPage, MAX(scan->pages, 1));
     scan->buf_len = 2 * s->buffer_size;
     scan->buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, scan->buf_len);
+    scan->heads = bale_scan_heads_new();
     scan->entries = g_array_new(FALSE, FALSE, sizeof(ScanEntry));
     scan->barriers = g_array_new(FALSE, FALSE, sizeof(ScanBarrier));
-    return scan->page && scan->buf ? 0 : -ENOMEM;
+    return scan->page && scan->buf && scan->heads ? 0 : -ENOMEM;
 }
 
 void bale_scan_destroy(Scan *scan)
@@ -642,6 +603,7 @@ void bale_scan_destroy(Scan *scan)
     }
     g_free(scan->page);
     bale_memory_free(scan->buf);
+    bale_scan_heads_free(scan->heads);
     g_array_free(scan->entries, TRUE);
     g_array_free(scan->barriers, TRUE);
 }
@@ -653,7 +615,10 @@ bool bale_recover_scan(BaleStore *s, GError **errp)
     int ret = bale_scan_init(&scan, s);
 
     for (uint64_t i = 0; ret == 0 && i < scan.pages; i++) {
-        bale_scan_page(&scan, i);
+        bale_scan_heads(&scan, i);
+        if (scan.ret == 0) {
+            bale_scan_page(&scan, i);
+        }
         ret = scan.ret;
     }
     if (ret == 0) {

@@ -94,6 +94,10 @@ static int tail_scan(Scan *scan)
     BaleStore *s = scan->s;
 
     for (uint64_t i = 0; i < scan->pages && scan->ret == 0; i++) {
+        bale_scan_heads(scan, i);
+        if (scan->ret < 0) {
+            break;
+        }
         if (i < s->pages->len && bale_page(s, i)->version) {
             tail_page(scan, i);
         } else {

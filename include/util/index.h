@@ -81,6 +81,12 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(BaleIndex, bale_index_free)
 uint64_t bale_index_find(BaleIndex *index, uint64_t key);
 
 /*
+ * @key is going to be looked for or changed soon: fetch what the processor has
+ * to wait for.  Only where nobody else changes the index, or in the epoch.
+ */
+void bale_index_prefetch(BaleIndex *index, uint64_t key);
+
+/*
  * If the value of @key is @expected, make it @desired.  @expected 0: insert
  * only if absent; @desired 0: remove.
  *
