@@ -3,8 +3,7 @@
  *
  *     bench-store fill FILE CLUSTERS SIZE [RANDOM]
  *                                           create it, write all clusters
- *     bench-store open FILE [1]             open and close; 1: only open, so that
- *                                           the next one finds the same
+ *     bench-store open FILE [1]             open and close; 1: only open it
  *     bench-store scan FILE                 damage both checkpoints; open by a
  *                                           scan of all pages, and close
  *     bench-store random FILE OPS           random writes, then random reads

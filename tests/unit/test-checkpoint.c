@@ -5,6 +5,7 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
 
+#include <errno.h>
 #include <string.h>
 
 #include "../../block/extstore/store-internal.h"
@@ -167,6 +168,85 @@ static void test_nothing_after_it(void)
     fixture_open(&f);
     g_assert_cmpuint(fixture_recovered(&f), ==, 1);
     check_same(&f);
+    fixture_close(&f);
+}
+
+/* A device with a block that cannot be read. */
+static BaleDeviceOps bad_ops;
+static const BaleDeviceOps *good_ops;
+static uint64_t bad_block;
+
+static void bad_get(BaleDevice *dev, BaleDeviceIo *io)
+{
+    if (io->offset <= bad_block && bad_block < io->offset + io->len) {
+        io->done(io, -EIO);
+    } else {
+        good_ops->get(dev, io);
+    }
+}
+
+/* What is only read ahead need not be readable. */
+static void test_unreadable_block(void)
+{
+    uint8_t buf[CLUSTER];
+    uint64_t address;
+    Fixture f;
+
+    fixture_init(&f, sizeof(f.model));
+    fixture_checkpoint(&f);
+    for (unsigned i = 0; i < CLUSTERS; i += 8) {
+        uint8_t *p = f.model + i * CLUSTER;
+
+        for (unsigned n = 0; n < 8 * CLUSTER; n++) {
+            p[n] = g_test_rand_int(); /* does not compress */
+        }
+        g_assert_cmpint(bale_image_write_sync(f.image, i * CLUSTER, p,
+                                              8 * CLUSTER, 0), ==, 0);
+        fixture_flush(&f);
+    }
+    address = bale_value_address(bale_layer_find(f.image->top, 27));
+    fixture_kill(&f);
+    good_ops = f.dev->ops;
+    bad_ops = *good_ops;
+    bad_ops.get = bad_get;
+    bad_block = address - address % BALE_BLOCK_SIZE;
+    f.dev->ops = &bad_ops;
+    fixture_open(&f);
+    g_assert_cmpuint(fixture_recovered(&f), ==, CLUSTERS);
+    g_assert_cmpint(bale_image_read_sync(f.image, 27 * CLUSTER, buf, CLUSTER),
+                    ==, -EIO);
+    f.dev->ops = good_ops;
+    g_assert_cmpint(bale_image_read_sync(f.image, 27 * CLUSTER, buf, CLUSTER),
+                    ==, 0);
+    check_same(&f);
+    fixture_close(&f);
+}
+
+/* More pages than are looked at together, with a record in each. */
+static void test_tail_of_many_pages(void)
+{
+    enum { PAGES = 150 };
+    uint8_t buf[CLUSTER], got[CLUSTER];
+    Fixture f;
+
+    fixture_init(&f, PAGES * CLUSTER);
+    fixture_checkpoint(&f);
+    for (unsigned i = 0; i < PAGES; i++) {
+        memset(buf, i + 1, CLUSTER);
+        g_assert_cmpint(bale_image_write_sync(f.image, i * CLUSTER, buf,
+                                              CLUSTER, 0), ==, 0);
+        bale_log_seal_page(f.store, BALE_BUCKET_FRESH);
+    }
+    fixture_flush(&f);
+    fixture_kill(&f);
+    fixture_open(&f);
+    g_assert_cmpuint(fixture_recovered(&f), ==, PAGES);
+    for (unsigned i = 0; i < PAGES; i++) {
+        memset(buf, i + 1, CLUSTER);
+        g_assert_cmpint(bale_image_read_sync(f.image, i * CLUSTER, got,
+                                             CLUSTER), ==, 0);
+        g_assert_cmpmem(buf, CLUSTER, got, CLUSTER);
+    }
     fixture_close(&f);
 }
 
@@ -555,6 +635,8 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     g_test_add_func("/checkpoint/only-the-tail", test_only_the_tail);
     g_test_add_func("/checkpoint/nothing-after-it", test_nothing_after_it);
+    g_test_add_func("/checkpoint/unreadable-block", test_unreadable_block);
+    g_test_add_func("/checkpoint/tail-of-many-pages", test_tail_of_many_pages);
     g_test_add_func("/checkpoint/damaged", test_damaged);
     g_test_add_func("/checkpoint/change-survives-damage",
                     test_change_survives_damage);
