@@ -578,7 +578,12 @@ static int image_drop_once(BaleImage *image)
     ret = bale_session_begin(s);
     if (ret == 0) {
         r.layer = image->top->id;
-        ret = bale_image_append(s, &r, NULL, 0, &address);
+        ret = bale_log_append(s, BALE_BUCKET_FRESH, &r, NULL, 0, &address);
+        if (ret == -ENOSPC) {
+            /* It frees space: it may use the reserve. */
+            ret = bale_log_append(s, BALE_BUCKET_COMPACTED, &r, NULL, 0,
+                                  &address);
+        }
     }
     if (ret == 0) {
         bale_layer_clear_from(image->top, 0);
@@ -590,13 +595,12 @@ static int image_drop_once(BaleImage *image)
 static int image_drop_all(BaleImage *image)
 {
     BaleStore *s = image->store;
-    int ret = image_drop_once(image);
+    BaleSpaceWait wait = { 0 };
+    int ret;
 
-    for (int i = 0; ret == -ENOSPC && i < BALE_SPACE_ROUNDS_MAX &&
-                    bale_maintain_wait_space(s);
-         i++) {
+    do {
         ret = image_drop_once(image);
-    }
+    } while (bale_maintain_try_again(s, &wait, &ret));
     return ret == 0 ? bale_log_flush_sync(s) : ret;
 }
 

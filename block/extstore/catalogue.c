@@ -436,13 +436,12 @@ int bale_catalogue_commit(BaleStore *s, BaleCatalogue *next)
     bool flush = !BALE_PLANTED(resize_not_durable) &&
                  !(BALE_PLANTED(snapshot_not_durable) &&
                    next->next_snapshot != s->catalogue->next_snapshot);
-    int ret = commit_once(s, &next);
+    BaleSpaceWait wait = { 0 };
+    int ret;
 
-    for (int i = 0; ret == -ENOSPC && i < BALE_SPACE_ROUNDS_MAX &&
-                    bale_maintain_wait_space(s);
-         i++) {
+    do {
         ret = commit_once(s, &next);
-    }
+    } while (bale_maintain_try_again(s, &wait, &ret));
     bale_catalogue_free(next);
     if (ret == 0 && flush) {
         ret = bale_log_flush_sync(s);

@@ -58,8 +58,6 @@
 #define PACE_BURST_US 100000
 /* A rate may change: look again after so many microseconds. */
 #define PACE_LOOK_US 100000
-/* How often a command waits for space before it gives up. */
-#define COMMAND_SPACE_ROUNDS_MAX 16
 /* Flushes that pages which a command has emptied are given to become free. */
 #define COMMAND_FLUSHES_MAX 4
 
@@ -424,8 +422,7 @@ bool bale_compact_for_space(BaleStore *s)
     int ret = 0;
 
     pthread_mutex_lock(&s->log_lock);
-    chosen = compact_choose(s, COMPACT_COMMAND_GARBAGE, s->space_order,
-                            &page);
+    chosen = compact_choose(s, COMPACT_COMMAND_GARBAGE, UINT64_MAX, &page);
     pthread_mutex_unlock(&s->log_lock);
     if (chosen) {
         ret = background_page(s, page, true);
@@ -575,7 +572,7 @@ static int command_settle(CompactCommand *cmd)
 static int command_run(CompactCommand *cmd)
 {
     BaleStore *s = cmd->s;
-    unsigned space_rounds = 0;
+    BaleSpaceWait wait = { 0 };
     uint64_t page;
     int ret = 0;
 
@@ -587,9 +584,7 @@ static int command_run(CompactCommand *cmd)
         } else if (ret == -ECANCELED && !cmd->cancelled &&
                    !store_failed(s)) {
             ret = 0; /* for a pause */
-        } else if (ret == -ENOSPC &&
-                   space_rounds++ < COMMAND_SPACE_ROUNDS_MAX &&
-                   bale_maintain_wait_space(s)) {
+        } else if (bale_maintain_try_again(s, &wait, &ret)) {
             ret = 0;
         }
         if (ret == 0) {

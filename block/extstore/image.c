@@ -79,26 +79,71 @@ void bale_store_write_end(BaleStore *s)
     pthread_rwlock_unlock(&s->session_lock);
 }
 
-/*
- * Append to the fresh data; what frees space may use the reserve.  If that is
- * used up, too, it waits like everybody who finds no space.
- */
-int bale_image_append(BaleStore *s, BaleRecord *r, const void *payload,
-                      uint64_t live, uint64_t *address)
+/* Append @r to @bucket and point the index at it; one attempt. */
+static int image_put_once(BaleImage *image, BaleBucket bucket, BaleRecord *r,
+                          const void *payload)
 {
-    int ret = -ENOSPC;
+    BaleStore *s = image->store;
+    uint64_t end = r->cluster + r->count;
+    uint64_t address, value, live, old, c = r->cluster;
+    unsigned size_class = 0;
+    BaleLayer *layer;
+    int ret = bale_store_write_begin(s);
 
-    for (int i = 0; ret == -ENOSPC && i < BALE_SPACE_ROUNDS_MAX; i++) {
-        ret = bale_log_append(s, BALE_BUCKET_FRESH, r, payload, live,
-                              address);
-        if (ret != -ENOSPC || r->type == BALE_RECORD_DATA) {
-            break;
+    if (ret < 0) {
+        return ret;
+    }
+    if (r->type == BALE_RECORD_DATA) {
+        size_class = bale_size_class(r->payload_len, s->cluster_size);
+    }
+    /* Each cluster that points at a zero record keeps it alive. */
+    live = bale_value_live(bale_value(0, size_class), s->cluster_size);
+    /* Which layer is on top can change only without us. */
+    layer = image->top;
+    r->layer = layer->id;
+    if (r->type == BALE_RECORD_ZERO && BALE_PLANTED(zero_resurrected)) {
+        r->layer++; /* a record that recovery takes for another layer's */
+    }
+    ret = bale_log_append(s, bucket, r, payload, live * r->count, &address);
+    if (BALE_PLANTED(mark_not_awaited)) {
+        g_usleep(MARK_WINDOW_US);
+    }
+    if (ret == 0) {
+        value = bale_value(address, size_class);
+        while (c < end &&
+               (ret = bale_layer_index_set(layer, c, value, &old)) == 0) {
+            bale_layer_account_old(layer, c, old);
+            c++;
         }
-        ret = bale_log_append(s, BALE_BUCKET_COMPACTED, r, payload, live,
-                              address);
-        if (ret == -ENOSPC && !bale_maintain_wait_space(s)) {
-            break;
+        if (ret < 0) {
+            /* No memory; these do not point at it. */
+            pthread_mutex_lock(&s->log_lock);
+            bale_page_live_sub(s, address, live * (end - c));
+            pthread_mutex_unlock(&s->log_lock);
         }
+    }
+    bale_store_write_end(s);
+    return ret;
+}
+
+/*
+ * The same, and if there is no room wait for some.  What frees space may use
+ * the reserve then.
+ */
+static int image_put(BaleImage *image, BaleRecord *r, const void *payload)
+{
+    BaleStore *s = image->store;
+    BaleSpaceWait wait = { 0 };
+    int ret;
+
+    do {
+        ret = image_put_once(image, BALE_BUCKET_FRESH, r, payload);
+    } while (bale_maintain_try_again(s, &wait, &ret));
+    if (ret == -ENOSPC && r->type == BALE_RECORD_ZERO) {
+        wait = (BaleSpaceWait){ 0 };
+        do {
+            ret = image_put_once(image, BALE_BUCKET_COMPACTED, r, payload);
+        } while (bale_maintain_try_again(s, &wait, &ret));
     }
     return ret;
 }
@@ -108,14 +153,11 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
                            uint64_t cluster, const uint8_t *data)
 {
     BaleStore *s = image->store;
-    BaleLayer *layer;
     BaleRecord r = {
         .count = 1,
         .cluster = cluster,
     };
     const void *payload = NULL;
-    uint64_t address, value, live, old;
-    unsigned size_class = 0;
     uint8_t codec = image->codec;
     ssize_t n;
     int ret;
@@ -135,36 +177,15 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
         r.codec = n ? codec : BALE_CODEC_NONE;
         r.payload_len = n ? n : s->cluster_size;
         payload = n ? wc->packed : data;
-        size_class = bale_size_class(r.payload_len, s->cluster_size);
         if (!n) {
             stat_add(&s->stats.incompressible, 1);
         }
     }
-    live = bale_value_live(bale_value(0, size_class), s->cluster_size);
-
-    ret = bale_store_write_begin(s);
-    if (ret < 0) {
-        return ret;
-    }
-    /* Which layer is on top can change only without us. */
-    layer = image->top;
-    r.layer = layer->id;
-    ret = bale_image_append(s, &r, payload, live, &address);
-    if (BALE_PLANTED(mark_not_awaited)) {
-        g_usleep(MARK_WINDOW_US);
-    }
+    ret = image_put(image, &r, payload);
     if (ret == 0) {
-        value = bale_value(address, size_class);
-        ret = bale_layer_index_set(layer, cluster, value, &old);
-        if (ret == 0) {
-            bale_layer_account_old(layer, cluster, old);
-        } else {
-            bale_layer_account_old(layer, cluster, value);
-        }
         stat_add(&s->stats.logical_bytes, s->cluster_size);
         stat_add(&s->stats.stored_bytes, bale_record_size(&r));
     }
-    bale_store_write_end(s);
     bale_epoch_poll(s->epoch); /* one load, unless the index has grown */
     return ret;
 }
@@ -209,46 +230,14 @@ static uint64_t image_run_end(BaleImage *image, uint64_t first, uint64_t end)
 /* Append one zero record and point the index at it. */
 static int image_put_zeroes(BaleImage *image, uint64_t first, uint32_t count)
 {
-    BaleStore *s = image->store;
-    BaleLayer *layer;
     BaleRecord r = {
         .type = BALE_RECORD_ZERO,
         .cluster = first,
         .count = count,
     };
-    uint64_t address, value, old, live, c;
-    bool appended;
-    int ret = bale_store_write_begin(s);
 
-    if (ret < 0) {
-        return ret;
-    }
-    /* Each cluster that points at a zero record keeps it alive. */
-    live = bale_value_live(bale_value(0, 0), s->cluster_size);
-    layer = image->top;
-    r.layer = layer->id;
-    if (BALE_PLANTED(zero_resurrected)) {
-        r.layer++; /* a record that recovery takes for another layer's */
-    }
-    ret = bale_image_append(s, &r, NULL, live * count, &address);
-    appended = ret == 0;
-    value = bale_value(address, 0);
-    for (c = first; ret == 0 && c < first + count; c++) {
-        ret = bale_layer_index_set(layer, c, value, &old);
-        if (ret == 0 && old) {
-            bale_layer_account_old(layer, c, old);
-        } else if (ret < 0) {
-            c--; /* this one does not point at it */
-        }
-    }
-    if (ret < 0 && appended) {
-        pthread_mutex_lock(&s->log_lock);
-        bale_page_live_sub(s, address, live * (first + count - c));
-        pthread_mutex_unlock(&s->log_lock);
-    }
-    stat_add(&s->stats.zero_records, 1);
-    bale_store_write_end(s);
-    return ret;
+    stat_add(&image->store->stats.zero_records, 1);
+    return image_put(image, &r, NULL);
 }
 
 /*

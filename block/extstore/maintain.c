@@ -17,9 +17,19 @@
  * middle of a page, and keeps it so.  A compaction lets go of its page then,
  * and a checkpoint is given up and begun anew.
  *
- * Space: whoever finds no page asks for room (bale_maintain_wait_space()),
- * again as long as something comes of it.  Each time the thread flushes until
+ * Space: whoever finds no page asks for room (bale_maintain_try_again()), and
+ * tries again when something came of it.  Each time the thread flushes until
  * pages that have died are free; if there are none it compacts one.
+ *
+ * Invariants:
+ *  1. A request fails for want of space only when no page is dying, no page is
+ *     worth compacting (or there is no page for the copies), and no command has
+ *     a page in hand.
+ *  2. While the thread is paused nobody is told that there is no room: they
+ *     wait for the end of the pause.  So whoever waits for room does not hold
+ *     session_lock, nor is in an append; and whoever pauses waits for nobody.
+ *  3. Waiting ends.  One who has asked SPACE_ROUNDS_MAX times while there were
+ *     never fewer pages in use, and nobody got one for fresh data, is told no.
  *
  * A checkpoint is due by what was appended since the newest one began: so much
  * that recovery would take long, but always many times what that had to write,
@@ -59,6 +69,14 @@
 #define DYING_PAGES_PART 8u
 /* Flushes that pages which have died are given to become free. */
 #define DYING_FLUSHES_MAX 4
+/*
+ * How often one asks for room while it looks no better.  Pages of which 5 % are
+ * garbage are the least that is compacted: 20 of them make one, and each takes
+ * a round to be copied and one to become free.
+ */
+#define SPACE_ROUNDS_MAX 64u
+/* How long a round waits for readers to leave a page. */
+#define READERS_WAIT_NS 10000000
 
 /* --- steps; under log_lock --- */
 
@@ -342,17 +360,48 @@ static void maintain_wait(BaleStore *s)
 /* --- room for writers --- */
 
 /*
- * Give pages that have died back, or compact one.  False: nothing came of it.
- * Called and returns with log_lock, in a step.
+ * Is there a page that dies as soon as its readers have left?  Then wait a
+ * little: a reader may need a worker, who may wait for us.  Called and returns
+ * with log_lock.
+ */
+static bool maintain_await_readers(BaleStore *s)
+{
+    struct timespec until;
+    bool read = false;
+
+    for (guint i = 0; i < s->pages->len && !read; i++) {
+        BalePage *p = bale_page(s, i);
+
+        read = p->state == BALE_PAGE_SEALED && !p->live_bytes &&
+               p->readers && !p->compacting;
+    }
+    if (read) {
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_nsec += READERS_WAIT_NS;
+        until.tv_sec += until.tv_nsec / 1000000000;
+        until.tv_nsec %= 1000000000;
+        pthread_cond_timedwait(&s->maintain_cond, &s->log_lock, &until);
+    }
+    return read;
+}
+
+/*
+ * Give pages that have died back, or compact one.  False: nothing came of it,
+ * and nothing will.  Called and returns with log_lock, in a step.
  */
 static bool maintain_make_space(BaleStore *s)
 {
     uint64_t freed = s->pages_freed;
-    bool made;
+    bool made = false;
     int ret = 0;
 
-    for (int i = 0; i < DYING_FLUSHES_MAX && s->dying_pages->len &&
-                    ret == 0 && s->pages_freed == freed;
+    if (!s->session) {
+        return true; /* who asks begins one, and looks again */
+    }
+    /* A page with a segment on its way to the device is not compacted. */
+    for (int i = 0; i < DYING_FLUSHES_MAX && ret == 0 &&
+                    (s->dying_pages->len || s->in_flight.length) &&
+                    s->pages_freed == freed;
          i++) {
         pthread_mutex_unlock(&s->log_lock);
         ret = bale_log_flush_sync(s);
@@ -360,21 +409,26 @@ static bool maintain_make_space(BaleStore *s)
         s->maintain_release = false;
         maintain_release(s);
     }
-    made = s->pages_freed > freed;
-    if (!made && ret == 0) {
+    if (s->pages_freed == freed && ret == 0) {
         pthread_mutex_unlock(&s->log_lock);
         made = bale_compact_for_space(s);
         pthread_mutex_lock(&s->log_lock);
     }
-    return made;
+    return made || s->pages_freed > freed || s->dying_pages->len ||
+           maintain_await_readers(s);
 }
 
 /* Called and returns with log_lock, in a step. */
 static void maintain_answer(BaleStore *s)
 {
     uint64_t asked = s->space_asked;
+    bool made = maintain_make_space(s);
 
-    s->space_made = maintain_make_space(s);
+    if (!made && s->maintain_pauses &&
+        !BALE_PLANTED(full_while_paused)) {
+        return; /* it was cut short: again after that */
+    }
+    s->space_made = made;
     s->space_answered = asked;
     pthread_cond_broadcast(&s->log_cond);
 }
@@ -573,47 +627,56 @@ bool bale_maintain_drain(BaleStore *s)
     return dying;
 }
 
-/* Can anybody make space while the caller waits?  Under log_lock. */
+/* Can anybody make room, now or after a pause?  Under log_lock. */
 static bool maintain_makes_space(BaleStore *s)
 {
-    return s->maintain_started && !s->maintain_stop && !s->maintain_pauses &&
-           !store_failed(s);
+    return s->maintain_started && !s->maintain_stop && !store_failed(s) &&
+           !(s->maintain_pauses && BALE_PLANTED(full_while_paused));
 }
 
-bool bale_maintain_wait_space(BaleStore *s)
+/* May one ask once more?  Under log_lock. */
+static bool space_wait_goes_on(BaleStore *s, BaleSpaceWait *wait)
 {
-    uint64_t asked;
-    bool made;
+    uint64_t used = bale_pages_in_use(s);
 
-    /*
-     * Compaction needs session_lock for reading.  Whoever waits here holds it,
-     * too; if that is for writing, compaction would wait for us.
-     */
-    if (pthread_rwlock_tryrdlock(&s->session_lock) != 0) {
+    if (!wait->rounds || used < wait->used ||
+        s->fresh_pages > wait->fresh_pages) {
+        wait->used = wait->rounds ? MIN(used, wait->used) : used;
+        wait->fresh_pages = s->fresh_pages;
+        wait->rounds = 0;
+    }
+    return wait->rounds++ < SPACE_ROUNDS_MAX;
+}
+
+bool bale_maintain_try_again(BaleStore *s, BaleSpaceWait *wait, int *ret)
+{
+    bool made = false;
+    uint64_t asked;
+
+    if (*ret != -ENOSPC) {
         return false;
     }
-    pthread_rwlock_unlock(&s->session_lock);
     pthread_mutex_lock(&s->log_lock);
-    if (!maintain_makes_space(s)) {
-        pthread_mutex_unlock(&s->log_lock);
-        return false;
-    }
-    if (s->space_waiters++ == 0) {
-        s->space_order = s->page_order;
-    }
-    s->stats.space_waits++;
-    asked = ++s->space_asked;
-    pthread_cond_signal(&s->maintain_cond);
-    pthread_cond_broadcast(&s->log_cond);
-    while (s->space_answered < asked && maintain_makes_space(s)) {
-        pthread_cond_wait(&s->log_cond, &s->log_lock);
-    }
-    made = s->space_answered >= asked && s->space_made;
-    s->space_waiters--;
-    if (maintain_checkpoint_due(s)) {
-        /* It was put off for us. */
+    if (maintain_makes_space(s) && space_wait_goes_on(s, wait)) {
+        s->space_waiters++;
+        s->stats.space_waits++;
+        asked = ++s->space_asked;
         pthread_cond_signal(&s->maintain_cond);
+        pthread_cond_broadcast(&s->log_cond);
+        while (s->space_answered < asked && maintain_makes_space(s)) {
+            pthread_cond_wait(&s->log_cond, &s->log_lock);
+        }
+        made = s->space_answered >= asked && s->space_made;
+        s->space_waiters--;
+        if (maintain_checkpoint_due(s)) {
+            /* It was put off for us. */
+            pthread_cond_signal(&s->maintain_cond);
+        }
     }
     pthread_mutex_unlock(&s->log_lock);
-    return made && !store_failed(s);
+    if (store_failed(s)) {
+        *ret = -EIO;
+        made = false;
+    }
+    return made;
 }

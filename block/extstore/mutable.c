@@ -452,15 +452,17 @@ static void mutable_kick(BaleMutable *m)
 
 /* --- patches --- */
 
-/* Append the @len bytes at @data, which belong at @offset of @cluster. */
-static int mutable_append_patch(BaleMutable *m, uint64_t cluster,
-                                const uint8_t *data, uint32_t offset,
-                                uint32_t len, bool may_wait)
+/*
+ * Append the @len bytes at @data, which belong at @offset of @cluster; one
+ * attempt.
+ */
+static int mutable_patch_once(BaleMutable *m, uint64_t cluster,
+                              const uint8_t *data, uint32_t offset,
+                              uint32_t len, bool may_wait)
 {
     BaleStore *s = m->image->store;
     BaleRecord r = {
         .type = BALE_RECORD_PATCH,
-        .layer = m->image->top->id,
         .cluster = cluster,
         .count = offset,
         .payload_len = len,
@@ -473,6 +475,7 @@ static int mutable_append_patch(BaleMutable *m, uint64_t cluster,
     if (ret < 0) {
         return ret;
     }
+    r.layer = m->image->top->id;
     if (bale_image_find(m->image, cluster) == 0) {
         r.flags = BALE_PATCH_BARE;
     }
@@ -491,6 +494,21 @@ static int mutable_append_patch(BaleMutable *m, uint64_t cluster,
         stat_add(&s->stats.stored_bytes, bale_record_size(&r));
     }
     bale_store_write_end(s);
+    return ret;
+}
+
+/* The same, and if there is no room and the caller may wait, wait for some. */
+static int mutable_append_patch(BaleMutable *m, uint64_t cluster,
+                                const uint8_t *data, uint32_t offset,
+                                uint32_t len, bool may_wait)
+{
+    BaleSpaceWait wait = { 0 };
+    int ret;
+
+    do {
+        ret = mutable_patch_once(m, cluster, data, offset, len, may_wait);
+    } while (may_wait &&
+             bale_maintain_try_again(m->image->store, &wait, &ret));
     return ret;
 }
 

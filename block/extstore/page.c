@@ -275,8 +275,7 @@ bool bale_page_wants_barriers(BaleStore *s)
 
 /* --- how many pages there may be --- */
 
-/* Pages that are not free, or that somebody is just taking. */
-static uint64_t pages_in_use(BaleStore *s)
+uint64_t bale_pages_in_use(BaleStore *s)
 {
     return s->pages->len - s->free_pages->len;
 }
@@ -292,7 +291,7 @@ void bale_page_set_max_size(BaleStore *s, uint64_t bytes)
     s->max_pages = s->max_size < BALE_SUPER_SIZE
                        ? 0
                        : (s->max_size - BALE_SUPER_SIZE) / s->page_size;
-    s->over_pages = MAX(s->max_pages, pages_in_use(s) + RESERVE_PAGES + 1);
+    s->over_pages = MAX(s->max_pages, bale_pages_in_use(s) + RESERVE_PAGES + 1);
 }
 
 /*
@@ -331,7 +330,7 @@ static uint64_t pages_room(BaleStore *s, BaleBucket bucket)
     bool fresh = bucket == BALE_BUCKET_FRESH;
     uint64_t total = MIN(page_device_pages(s),
                          fresh ? s->max_pages : s->over_pages);
-    uint64_t used = pages_in_use(s);
+    uint64_t used = bale_pages_in_use(s);
 
     if (BALE_PLANTED(limit_ignored)) {
         total = page_device_pages(s);
@@ -412,8 +411,7 @@ static int page_allocate(BaleStore *s, uint64_t page, uint64_t from,
     return ret;
 }
 
-/* One attempt; see bale_page_prepare(). */
-static int page_prepare_once(BaleStore *s, BaleBucket bucket, uint32_t need)
+int bale_page_prepare(BaleStore *s, BaleBucket bucket, uint32_t need)
 {
     uint64_t page, from, want, allocated;
     bool fresh;
@@ -459,6 +457,7 @@ static int page_prepare_once(BaleStore *s, BaleBucket bucket, uint32_t need)
             p->bucket = bucket;
             p->version = s->session_generation << 32 | ++s->page_count;
             p->order = ++s->page_order;
+            s->fresh_pages += bucket == BALE_BUCKET_FRESH;
             p->overhead = BALE_BLOCK_SIZE;
             p->first_seq = s->next_seq;
             s->active[bucket] = page;
@@ -466,18 +465,5 @@ static int page_prepare_once(BaleStore *s, BaleBucket bucket, uint32_t need)
         p->allocated = allocated;
     }
     pthread_mutex_unlock(&s->log_lock);
-    return ret;
-}
-
-int bale_page_prepare(BaleStore *s, BaleBucket bucket, uint32_t need)
-{
-    int ret = page_prepare_once(s, bucket, need);
-
-    /* A writer who would see a full store waits for garbage to go. */
-    for (int i = 0; i < BALE_SPACE_ROUNDS_MAX && ret == -ENOSPC &&
-                    bucket == BALE_BUCKET_FRESH &&
-                    bale_maintain_wait_space(s); i++) {
-        ret = page_prepare_once(s, bucket, need);
-    }
     return ret;
 }

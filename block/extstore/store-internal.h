@@ -51,8 +51,6 @@
 /* Space is asked of the device in steps of so many write buffers. */
 #define ALLOCATE_BUFFERS 4u
 #define PAGE_NONE UINT64_MAX
-/* How often one asks for room, as long as something comes of it. */
-#define BALE_SPACE_ROUNDS_MAX 64
 
 typedef struct BalePage BalePage;
 typedef struct BaleWriteBuffer BaleWriteBuffer;
@@ -341,8 +339,9 @@ struct BaleStore {
     bool stepping, step_wanted; /* somebody, the thread: see maintain.c */
     /* Who waits for room; each asks once more, and is answered. */
     unsigned space_waiters;
-    uint64_t space_asked, space_answered, space_order;
+    uint64_t space_asked, space_answered;
     bool space_made;         /* the newest answer */
+    uint64_t fresh_pages;    /* opened for fresh data, so far */
     uint64_t pages_freed;    /* so far */
     uint64_t max_size;       /* that counts, bytes; 0: none */
     uint64_t max_pages;      /* in use: for fresh data, with the reserve */
@@ -430,6 +429,8 @@ void bale_page_free_list_rebuild(BaleStore *s);
 void bale_page_set_max_size(BaleStore *s, uint64_t bytes);
 /* Could @bytes of metadata be written without touching the reserve? */
 bool bale_page_has_room(BaleStore *s, uint64_t bytes);
+/* Pages that are not free, or that somebody is just taking. */
+uint64_t bale_pages_in_use(BaleStore *s);
 /* Not under log_lock: make @bucket's active page have room for a segment. */
 int bale_page_prepare(BaleStore *s, BaleBucket bucket, uint32_t need);
 /* Do the @len bytes at @address lie in a metadata page in use?  Which? */
@@ -471,11 +472,25 @@ bool bale_maintain_drain(BaleStore *s);
 bool bale_maintain_has_work(BaleStore *s);
 /* On the thread, which is on a long errand: should it stop that? */
 bool bale_maintain_wanted(BaleStore *s);
+/* How it went for somebody who finds no room; zero-initialise. */
+typedef struct BaleSpaceWait {
+    unsigned rounds;      /* since it last looked better */
+    uint64_t used;        /* pages in use then, the fewest so far */
+    uint64_t fresh_pages; /* the store's, then */
+} BaleSpaceWait;
+
 /*
- * Wait until something was done to make room.  False: nothing can be done now.
- * Not with session_lock held for writing, nor in a step.
+ * An attempt has ended with *@ret.  If it found no room (-ENOSPC) wait until
+ * something was done to make some; true: try again.  False: it was something
+ * else, or there is no room and none can be made; *@ret is what to return,
+ * which is -EIO for a store that has failed.  Not with session_lock, nor in a
+ * step.
+ *
+ *     do {
+ *         ret = one_attempt();
+ *     } while (bale_maintain_try_again(s, &wait, &ret));
  */
-bool bale_maintain_wait_space(BaleStore *s);
+bool bale_maintain_try_again(BaleStore *s, BaleSpaceWait *wait, int *ret);
 
 /* compact.c */
 typedef bool BaleCompactGo(void *opaque);
@@ -674,9 +689,6 @@ void bale_image_follow(BaleImage *image, const BaleCatalogue *cat);
 void bale_image_free(BaleImage *image);
 /* The context that compresses for @image; "none" if there is no memory. */
 BaleCodecContext *bale_worker_codec(BaleWorkerContext *wc, BaleImage *image);
-/* Append to the fresh data; what frees space may use the reserve. */
-int bale_image_append(BaleStore *s, BaleRecord *r, const void *payload,
-                      uint64_t live, uint64_t *address);
 /* Does the range lie inside the image? */
 bool bale_image_contains(BaleImage *image, uint64_t offset, uint64_t len);
 /* Does anything lie under the image? */

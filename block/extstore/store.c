@@ -674,8 +674,9 @@ static bool store_checkpoint(BaleStore *s, CheckpointThen then, bool *again,
         ret = store_wants_write_out(s) ? bale_store_write_out_sync(s)
                                        : bale_store_flush_sync(s);
     }
-    bale_maintain_pause(s);
+    /* Before the pause: a write-out may wait for room, and so for its end. */
     bale_store_quiesce(s);
+    bale_maintain_pause(s);
     if (ret < 0) {
         return bale_error_set(errp, ret, "flushing the store");
     }
@@ -713,6 +714,10 @@ static bool store_checkpoint_then(BaleStore *s, CheckpointThen then,
         bale_maintain_resume(s);
     }
     bale_patches_resume(s);
+    if (then == THEN_READ_ONLY) {
+        /* What the maintenance thread had begun and was paused in. */
+        bale_store_quiesce(s);
+    }
     return ok;
 }
 

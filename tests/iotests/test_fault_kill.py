@@ -27,8 +27,8 @@ DELAY_MAX_S = 0.5
 GOOD, LEAKS = 0, 3
 DEVICES = ('direct', 'buffered', 'loop512', 'loop4096')
 READER_EVERY = 5
-# Not about full stores: test_space.py is. (docs/testing.md, "Known defects".)
-DEVICE_SIZE = 320 * MIB
+# Of images of 16 MiB, written over and over: writers wait for compaction here
+DEVICE_SIZE = 96 * MIB
 
 
 class KillCase(bale_iotests.TestCase):

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "../../block/extstore/store-internal.h"
 #include "stores.h"
 
 #define CLUSTER 65536u
@@ -250,6 +251,151 @@ static void test_changes_wait_for_space(void)
     }
     check(&f);
     fixture_reopen(&f);
+    check(&f);
+    fixture_free(&f);
+}
+
+/* --- what comes between --- */
+
+typedef struct Writer {
+    Fixture *f;
+    GThread *thread;
+    unsigned first, clusters; /* which ones */
+    unsigned writes;
+    int ret;
+    int done;                 /* atomic */
+} Writer;
+
+static void *writer_main(void *opaque)
+{
+    Writer *w = opaque;
+
+    for (unsigned i = 0; i < w->writes && w->ret == 0; i++) {
+        uint64_t cluster = w->first + i % w->clusters;
+        g_autofree uint8_t *buf = g_malloc(CLUSTER);
+
+        for (unsigned at = 0; at < CLUSTER; at += 4) {
+            guint32 word = cluster * 2654435761u ^ i << 20 ^ at;
+
+            memcpy(buf + at, &word, 4);
+        }
+        w->ret = bale_image_write_sync(w->f->image, cluster * CLUSTER, buf,
+                                       CLUSTER, 0);
+        if (w->ret == 0) {
+            memcpy(w->f->model + cluster * CLUSTER, buf, CLUSTER);
+        }
+    }
+    __atomic_store_n(&w->done, 1, __ATOMIC_RELEASE);
+    return NULL;
+}
+
+static void writer_start(Writer *w, Fixture *f)
+{
+    w->f = f;
+    w->thread = g_thread_new("writer", writer_main, w);
+}
+
+static int writer_join(Writer *w)
+{
+    g_thread_join(w->thread);
+    return w->ret;
+}
+
+/* Until a writer waits for room, or has ended. */
+static void await_waiting(Fixture *f, Writer *w, uint64_t before)
+{
+    while (!__atomic_load_n(&w->done, __ATOMIC_ACQUIRE) &&
+           stats(f)->space_waits == before) {
+        g_usleep(1000);
+    }
+}
+
+/*
+ * While the maintenance thread is paused nobody can say that there is no room:
+ * a writer waits, and holds no lock that the pausing one needs.
+ */
+static void test_pause_is_no_answer(void)
+{
+    Writer full = { .first = 200, .clusters = 200, .writes = 200 };
+    Writer w = { .clusters = 160, .writes = 400 };
+    uint64_t before;
+    Fixture f;
+
+    fixture_init(&f, MAX_SIZE);
+    g_assert_cmpint(write_cluster(&f, 0), ==, 0);
+    bale_maintain_pause(f.store);
+    before = stats(&f)->space_waits;
+    writer_start(&w, &f);
+    await_waiting(&f, &w, before);
+    g_assert_false(__atomic_load_n(&w.done, __ATOMIC_ACQUIRE));
+    pthread_rwlock_wrlock(&f.store->session_lock);
+    pthread_rwlock_unlock(&f.store->session_lock);
+    bale_maintain_resume(f.store);
+    g_assert_cmpint(writer_join(&w), ==, 0);
+    check(&f);
+
+    /* And what is really full says so after the pause. */
+    bale_maintain_pause(f.store);
+    before = stats(&f)->space_waits;
+    writer_start(&full, &f);
+    await_waiting(&f, &full, before);
+    bale_maintain_resume(f.store);
+    g_assert_cmpint(writer_join(&full), ==, -ENOSPC);
+    check(&f);
+    fixture_free(&f);
+}
+
+typedef struct Checkpoints {
+    BaleStore *store;
+    int stop; /* atomic */
+} Checkpoints;
+
+static void *checkpoints_main(void *opaque)
+{
+    Checkpoints *c = opaque;
+
+    for (unsigned i = 0; !__atomic_load_n(&c->stop, __ATOMIC_RELAXED); i++) {
+        g_autoptr(GError) err = NULL;
+
+        if (i % 2) {
+            g_assert_true(bale_store_checkpoint(c->store, &err));
+            g_assert_no_error(err);
+        } else {
+            /* There may be no room for this one. */
+            bale_store_checkpoint_running(c->store, NULL);
+        }
+    }
+    return NULL;
+}
+
+/* Checkpoints pause the thread, and take and free pages, all the time. */
+static void test_writers_beside_checkpoints(void)
+{
+    Writer w[4] = { 0 };
+    Checkpoints c = { 0 };
+    GThread *thread;
+    Fixture f;
+    uint64_t n;
+
+    fixture_init(&f, MAX_SIZE);
+    c.store = f.store;
+    thread = g_thread_new("checkpoints", checkpoints_main, &c);
+    for (unsigned i = 0; i < G_N_ELEMENTS(w); i++) {
+        w[i].first = i * 40;
+        w[i].clusters = 40;
+        w[i].writes = 300;
+        writer_start(&w[i], &f);
+    }
+    for (unsigned i = 0; i < G_N_ELEMENTS(w); i++) {
+        g_assert_cmpint(writer_join(&w[i]), ==, 0);
+    }
+    /* A full store is full, whatever becomes free in between. */
+    n = fill(&f, 160);
+    for (unsigned i = 0; i < 4; i++) {
+        n = fill(&f, n);
+    }
+    __atomic_store_n(&c.stop, 1, __ATOMIC_RELAXED);
+    g_thread_join(thread);
     check(&f);
     fixture_free(&f);
 }
@@ -531,6 +677,9 @@ int main(int argc, char **argv)
     g_test_add_func("/space/full-store-can-free", test_full_store_can_free);
     g_test_add_func("/space/changes-wait-for-space",
                     test_changes_wait_for_space);
+    g_test_add_func("/space/pause-is-no-answer", test_pause_is_no_answer);
+    g_test_add_func("/space/writers-beside-checkpoints",
+                    test_writers_beside_checkpoints);
     g_test_add_func("/space/limit-changes", test_limit_changes);
     g_test_add_func("/space/limit-at-open", test_limit_at_open);
     g_test_add_func("/space/page-size-by-default", test_page_size_by_default);
