@@ -794,8 +794,9 @@ class Store:
             raise Damage(f'unknown flags {r.flags:#x}')
         if r.type not in TYPE_NAMES and r.type < SKIPPABLE:
             raise Damage(f'unknown type {r.type}')
-        if r.type != DATA and r.codec != NONE and r.type < SKIPPABLE:
-            raise Damage('codec on a record that is not data')
+        if (r.type not in (DATA, PATCH) and r.codec != NONE
+                and r.type < SKIPPABLE):
+            raise Damage('codec on a record without compressed bytes')
         if r.type == DATA and (r.count != 1 or r.codec not in CODEC_NAMES):
             raise Damage('count or codec of a data record out of range')
         if r.type == ZERO and r.count == 0:
@@ -803,8 +804,12 @@ class Store:
         if r.type in (ZERO, DROP) and r.payload_length:
             raise Damage('payload on a zero or drop record')
         if r.type == PATCH and (
-                r.payload_length == 0
-                or r.count + r.payload_length > self.sb.cluster_size
+                r.codec not in CODEC_NAMES
+                or r.count >= self.sb.cluster_size
+                or r.payload_length > self.sb.cluster_size
+                or r.payload_length < (1 if r.codec == NONE else 5)
+                or (r.codec == NONE and
+                    r.count + r.payload_length > self.sb.cluster_size)
                 or r.cluster > IMAGE_CLUSTERS_MAX):
             raise Damage('patch outside its cluster')
         if (r.type in (DATA, ZERO, DROP)
@@ -833,6 +838,12 @@ class Store:
         for p in r.patches:
             header = self.read_header(p.page, p.version, p.offset)
             payload = self.verify_record(header)
+            if header.codec != NONE:
+                size = int.from_bytes(payload[:4], 'little')
+                if not 0 < size <= len(data) - header.count:
+                    raise Damage('compressed patch outside its cluster')
+                unpack = inflate_raw if header.codec == DEFLATE else unzstd
+                payload = unpack(payload[4:], size)
             data[header.count:header.count + len(payload)] = payload
         return bytes(data)
 

@@ -371,10 +371,13 @@ static bool record_in_range(const BaleRecord *r, uint32_t cluster_size)
         payload_max = 0;
         break;
     case BALE_RECORD_PATCH:
-        payload_min = 1;
+        payload_min = r->codec == BALE_CODEC_NONE
+                          ? 1
+                          : BALE_PATCH_PACKED_LEN + 1;
         payload_max = cluster_size;
-        if (r->count >= cluster_size ||
-            r->payload_len > cluster_size - r->count) {
+        if (r->count >= cluster_size || !bale_codec_valid(r->codec) ||
+            (r->codec == BALE_CODEC_NONE &&
+             r->payload_len > cluster_size - r->count)) {
             return false;
         }
         break;
@@ -393,7 +396,8 @@ static bool record_in_range(const BaleRecord *r, uint32_t cluster_size)
     default:
         break;
     }
-    if (r->type != BALE_RECORD_DATA && r->codec != BALE_CODEC_NONE) {
+    if (r->type != BALE_RECORD_DATA && r->type != BALE_RECORD_PATCH &&
+        r->codec != BALE_CODEC_NONE) {
         return false;
     }
     return r->payload_len >= payload_min && r->payload_len <= payload_max &&
@@ -454,6 +458,25 @@ int bale_record_verify(BaleRecord *r, uint64_t seed, uint32_t cluster_size,
 uint64_t bale_record_claimed_version(const uint8_t *buf)
 {
     return get64(buf + RECORD_VERSION);
+}
+
+/* --- patches --- */
+
+void bale_patch_packed_encode(uint32_t bytes, uint8_t *buf)
+{
+    put32(buf, bytes);
+}
+
+uint32_t bale_patch_bytes(const BaleRecord *r, uint32_t cluster_size,
+                          const uint8_t *payload)
+{
+    uint32_t bytes;
+
+    if (r->codec == BALE_CODEC_NONE) {
+        return r->payload_len; /* the header says that it fits */
+    }
+    bytes = get32(payload);
+    return bytes <= cluster_size - r->count ? bytes : 0;
 }
 
 /* --- segment --- */

@@ -155,6 +155,18 @@ static inline uint32_t bale_record_size(const BaleRecord *r)
 /* Flag of a patch: no record held the cluster, what it leaves out is zero. */
 #define BALE_PATCH_BARE 1u
 
+/* A patch with a codec: before what is compressed, how many bytes that is. */
+#define BALE_PATCH_PACKED_LEN 4u
+
+/* @buf: BALE_PATCH_PACKED_LEN bytes. */
+void bale_patch_packed_encode(uint32_t bytes, uint8_t *buf);
+/*
+ * How many bytes of its cluster a patch has, whose header was decoded and whose
+ * @payload verified; 0: more than there are from its offset on, or none.
+ */
+uint32_t bale_patch_bytes(const BaleRecord *r, uint32_t cluster_size,
+                          const uint8_t *payload);
+
 /* The patches that count are bounded: memory holds what they say. */
 #define BALE_PATCHED_BYTES           (32u << 20)
 #define BALE_PATCHED_CLUSTERS_MIN    8u

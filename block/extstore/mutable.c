@@ -74,6 +74,7 @@ struct BaleMutable {
     /* The one who appends patches. */
     BaleWork journal;
     uint8_t *journal_data; /* a cluster for who does it now, made as needed */
+    BalePatchPacker packer;
     bool journaling;
     uint64_t journal_cluster; /* whose patches; UINT64_MAX: none just now */
     BaleUnsaved journal_taken;
@@ -129,6 +130,7 @@ void bale_mutable_free(BaleMutable *m)
         bale_patch_table_destroy(&m->patched);
         bale_memory_free(m->zeroes);
         bale_memory_free(m->journal_data);
+        bale_patch_packer_destroy(&m->packer);
         pthread_mutex_destroy(&m->lock);
         pthread_cond_destroy(&m->idle);
         g_free(m);
@@ -467,11 +469,15 @@ static int mutable_patch_once(BaleMutable *m, uint64_t cluster,
         .count = offset,
         .payload_len = len,
     };
-    BalePatch patch = { .offset = offset, .len = len };
-    int ret = may_wait                        ? bale_store_write_begin(s)
-              : bale_store_write_begin_now(s) ? 0
-                                              : -EAGAIN;
+    BalePatch patch = { .offset = offset };
+    const uint8_t *payload = data + offset;
+    int ret;
 
+    bale_patch_pack(&m->packer, m->image->codec, &r, &payload);
+    patch.len = r.payload_len;
+    ret = may_wait                        ? bale_store_write_begin(s)
+          : bale_store_write_begin_now(s) ? 0
+                                          : -EAGAIN;
     if (ret < 0) {
         return ret;
     }
@@ -481,7 +487,7 @@ static int mutable_patch_once(BaleMutable *m, uint64_t cluster,
     }
     patch.bare = r.flags;
     ret = (may_wait ? bale_log_append : bale_log_append_now)(
-        s, BALE_BUCKET_FRESH, &r, data + offset, bale_patch_live(len),
+        s, BALE_BUCKET_FRESH, &r, payload, bale_patch_live(patch.len),
         &patch.address);
     if (ret == 0) {
         patch.seq = r.seq;
@@ -1027,13 +1033,15 @@ void bale_mutable_foreach_patch(BaleMutable *m, BalePatchVisit *visit,
 /* --- recovery --- */
 
 /* Lay one patch over what is cached.  -EIO: damaged. */
-static int mutable_recover_one(BaleMutable *m, uint64_t cluster,
-                               const BalePatch *patch)
+static int mutable_recover_one(BaleMutable *m, BalePatchPacker *packer,
+                               uint64_t cluster, const BalePatch *patch)
 {
     BaleStore *s = m->image->store;
     g_autofree uint8_t *payload = NULL;
+    const uint8_t *bytes;
     uint64_t page, offset;
     size_t accepted;
+    uint32_t len;
     BaleRecord r;
     int ret;
 
@@ -1051,10 +1059,15 @@ static int mutable_recover_one(BaleMutable *m, uint64_t cluster,
         r.count != patch->offset || r.payload_len != patch->len) {
         return -EIO;
     }
+    ret = bale_patch_unpack(packer, s->cluster_size, &r, payload, &bytes,
+                            &len);
+    if (ret < 0) {
+        return ret;
+    }
     ret = bale_seqcache_write_buf(m->cache,
                                   (cluster << s->cluster_bits) +
                                       patch->offset,
-                                  payload, patch->len, 0, &accepted);
+                                  bytes, len, 0, &accepted);
     return ret == -EAGAIN ? -EFBIG : ret;
 }
 
@@ -1080,13 +1093,13 @@ static void mutable_recover_orphans(BaleMutable *m, BalePatched *p)
 }
 
 /* -EIO: the patch *@bad is damaged. */
-static int mutable_recover_cluster(BaleMutable *m, BalePatched *p,
-                                   BalePatch *bad)
+static int mutable_recover_cluster(BaleMutable *m, BalePatchPacker *packer,
+                                   BalePatched *p, BalePatch *bad)
 {
     for (guint i = 0; i < p->patches->len; i++) {
         guint n = BALE_PLANTED(patch_order) ? p->patches->len - 1 - i : i;
         int ret = mutable_recover_one(
-            m, p->cluster, &g_array_index(p->patches, BalePatch, n));
+            m, packer, p->cluster, &g_array_index(p->patches, BalePatch, n));
 
         if (ret < 0) {
             *bad = g_array_index(p->patches, BalePatch, n);
@@ -1096,7 +1109,9 @@ static int mutable_recover_cluster(BaleMutable *m, BalePatched *p,
     return 0;
 }
 
-int bale_mutable_recover_load(BaleMutable *m, BalePatchTable *t)
+/* The rest of bale_mutable_recover_load(). */
+static int mutable_recover_all(BaleMutable *m, BalePatchPacker *packer,
+                               BalePatchTable *t)
 {
     BaleStore *s = m->image->store;
     BalePatchTable empty = m->patched;
@@ -1119,7 +1134,7 @@ int bale_mutable_recover_load(BaleMutable *m, BalePatchTable *t)
             g_hash_table_iter_remove(&iter);
             continue;
         }
-        ret = mutable_recover_cluster(m, p, &bad);
+        ret = mutable_recover_cluster(m, packer, p, &bad);
         if (ret == -EIO) {
             /* What lies under the patch is out of date. */
             bale_seqcache_discard(m->cache, p->cluster << s->cluster_bits,
@@ -1144,4 +1159,13 @@ int bale_mutable_recover_load(BaleMutable *m, BalePatchTable *t)
         }
     }
     return 0;
+}
+
+int bale_mutable_recover_load(BaleMutable *m, BalePatchTable *t)
+{
+    BalePatchPacker packer = { 0 };
+    int ret = mutable_recover_all(m, &packer, t);
+
+    bale_patch_packer_destroy(&packer);
+    return ret;
 }

@@ -25,6 +25,7 @@
 #ifndef BALE_EXTSTORE_PATCH_INTERNAL_H
 #define BALE_EXTSTORE_PATCH_INTERNAL_H
 
+#include "extstore/codec.h"
 #include "store-internal.h"
 
 /* Separate stretches of one cluster that are worth patches. */
@@ -40,7 +41,8 @@ typedef struct BalePatchRange {
 typedef struct BalePatch {
     uint64_t address;
     uint64_t seq;
-    uint32_t offset, len; /* in the cluster */
+    uint32_t offset; /* in the cluster */
+    uint32_t len;    /* of its payload */
     bool bare;            /* no record held the cluster */
 } BalePatch;
 
@@ -83,6 +85,33 @@ int bale_patch_spoil(BaleLayer *layer, uint64_t cluster,
                      const BalePatch *patch);
 /* The same for all of a table. */
 int bale_patch_table_spoil(BalePatchTable *t, BaleLayer *layer);
+
+/* --- payloads (patch-pack.c) --- */
+
+/* Compresses and decompresses patches, for one at a time.  Begin with zeroes. */
+typedef struct BalePatchPacker {
+    BaleCodec codec;
+    BaleCodecContext *context; /* made as needed, as is buf */
+    uint8_t *buf;              /* as long as the longest that was asked for */
+    uint32_t buf_len;
+} BalePatchPacker;
+
+void bale_patch_packer_destroy(BalePatchPacker *k);
+/*
+ * Compress the payload of @r, at *@payload, by @codec, if that can save a block
+ * when it is flushed: then @r says so, and *@payload belongs to @k until that
+ * is used again.
+ */
+void bale_patch_pack(BalePatchPacker *k, BaleCodec codec, BaleRecord *r,
+                     const uint8_t **payload);
+/*
+ * The @*len bytes that the verified @payload of @r puts into its cluster, at
+ * *@bytes: in @payload itself or, until that is used again, in @k.  -EIO: it is
+ * damaged.
+ */
+int bale_patch_unpack(BalePatchPacker *k, uint32_t cluster_size,
+                      const BaleRecord *r, const uint8_t *payload,
+                      const uint8_t **bytes, uint32_t *len);
 
 void bale_patch_table_init(BalePatchTable *t, BaleStore *s);
 void bale_patch_table_destroy(BalePatchTable *t);

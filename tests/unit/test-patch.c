@@ -92,6 +92,19 @@ static void put(Fixture *f, uint64_t offset, uint32_t len, uint8_t value)
                     0);
 }
 
+/* The same with what does not compress, but for the byte that check() sees. */
+static void put_noise(Fixture *f, uint64_t offset, uint32_t len, uint8_t value)
+{
+    g_autofree uint8_t *buf = g_malloc(len);
+    g_autoptr(GRand) rand = g_rand_new_with_seed(len + value);
+
+    for (uint32_t i = 0; i < len; i++) {
+        buf[i] = i % 512 == 4 ? value : g_rand_int(rand);
+    }
+    g_assert_cmpint(bale_image_write_sync(f->image, offset, buf, len, 0), ==,
+                    0);
+}
+
 static void flush(Fixture *f)
 {
     g_assert_cmpint(bale_store_flush_sync(f->store), ==, 0);
@@ -155,7 +168,7 @@ static void test_rewrite(void)
 
     fixture_init(&f);
     for (unsigned i = 1; i <= 200; i++) {
-        put(&f, 8192, BLOCK, i);
+        put_noise(&f, 8192, BLOCK, i);
         flush(&f);
         g_assert_cmpuint(fixture_stats(&f).patches_live_bytes, <=,
                          2 * CLUSTER);
@@ -166,6 +179,58 @@ static void test_rewrite(void)
     check(&f, 0, 0);
     check_store(&f);
     fixture_close(&f);
+}
+
+/* 4 KiB that compress fit one block; others stay as they are. */
+static void packed(BaleCodec codec, unsigned blocks)
+{
+    g_autoptr(GError) err = NULL;
+    uint64_t before, after[2];
+    Fixture f;
+
+    fixture_init(&f);
+    bale_image_close(f.image);
+    g_assert_true(bale_store_close(f.store, &err));
+    f.dev = bale_sim_new(&f.sim);
+    f.create.codec = codec;
+    g_assert_true(bale_store_create(f.dev, &f.create, &err));
+    g_assert_no_error(err);
+    fixture_open(&f, false);
+    put(&f, 0, 512, 1); /* the first segment of a page has its header, too */
+    flush(&f);
+
+    for (unsigned i = 0; i < 2; i++) {
+        before = device_bytes(&f);
+        (i ? put_noise : put)(&f, (1 + i) * CLUSTER + 8192, BLOCK, 2 + i);
+        flush(&f);
+        after[i] = (device_bytes(&f) - before) / BLOCK;
+    }
+    g_assert_cmpuint(after[0], ==, blocks);
+    g_assert_cmpuint(after[1], ==, 2);
+    put(&f, 3 * CLUSTER + 100, 15000, 4);
+    put(&f, 4 * CLUSTER + 100, 30000, 5);
+    flush(&f);
+    fixture_kill(&f, false);
+    for (unsigned i = 0; i < 2; i++) {
+        check(&f, CLUSTER + 8192, 2);
+        check(&f, CLUSTER + 8192 + BLOCK - 8, 2);
+        check(&f, CLUSTER + 8192 + BLOCK, 0);
+        check(&f, 2 * CLUSTER + 8192, 3);
+        check(&f, 2 * CLUSTER + 8192 + 512 * 7, 3);
+        check(&f, 3 * CLUSTER + 100, 4);
+        check(&f, 4 * CLUSTER + 100, 5);
+        check_store(&f);
+        fixture_reopen(&f);
+    }
+    g_assert_cmpuint(f.complaints, ==, 0);
+    fixture_close(&f);
+}
+
+static void test_packed(void)
+{
+    packed(BALE_CODEC_ZSTD, 1);
+    packed(BALE_CODEC_DEFLATE, 1);
+    packed(BALE_CODEC_NONE, 2);
 }
 
 /* Only patches, patches over a cluster, patches over patches. */
@@ -310,7 +375,7 @@ static void test_damage(void)
 {
     static const char mark[] = "here it is, the text to be damaged";
     g_autoptr(BaleSimImage) image = NULL;
-    g_autofree uint8_t *block = g_malloc0(BLOCK);
+    g_autofree uint8_t *block = g_malloc(BLOCK);
     uint64_t at, size;
     uint8_t buf[512];
     Fixture f;
@@ -318,6 +383,9 @@ static void test_damage(void)
     fixture_init(&f);
     put(&f, CLUSTER, CLUSTER, 1);
     flush(&f);
+    for (unsigned i = 0; i < BLOCK; i++) {
+        block[i] = g_random_int(); /* or it would be compressed */
+    }
     memcpy(block, mark, sizeof(mark));
     g_assert_cmpint(bale_image_write_sync(f.image, CLUSTER + 4096, block,
                                           BLOCK, 0), ==, 0);
@@ -385,6 +453,7 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     g_test_add_func("/patch/cost", test_cost);
     g_test_add_func("/patch/rewrite", test_rewrite);
+    g_test_add_func("/patch/packed", test_packed);
     g_test_add_func("/patch/kill", test_kill);
     g_test_add_func("/patch/read-only", test_read_only);
     g_test_add_func("/patch/hidden", test_hidden);
