@@ -102,6 +102,7 @@ static BaleNodeStats *get_stats(BaleStore *store)
     COPY(segments);
     COPY(segment_bytes);
     COPY(padding_bytes);
+    COPY(ahead_bytes);
     COPY(flushes);
     COPY(device_flushes);
     COPY(revivals);

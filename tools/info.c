@@ -55,6 +55,7 @@ static const Counter store_counters[] = {
     STORE_COUNTER("segments", segments),
     STORE_COUNTER("segment-bytes", segment_bytes),
     STORE_COUNTER("padding-bytes", padding_bytes),
+    STORE_COUNTER("ahead-bytes", ahead_bytes),
     STORE_COUNTER("write-amplification-permille", write_amplification_permille),
     STORE_COUNTER("flushes", flushes),
     STORE_COUNTER("device-flushes", device_flushes),

@@ -754,6 +754,7 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
     /* From here on no page may change: the checkpoint describes them. */
     pthread_mutex_lock(&s->log_lock);
     s->session = false;
+    bale_ahead_settle(s);
     pthread_mutex_unlock(&s->log_lock);
     ret = bale_supers_write(s);
     if (ret == 0) {

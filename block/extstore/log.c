@@ -196,6 +196,12 @@ static void buffer_recycle(BaleWriteBuffer *wb)
     pthread_cond_broadcast(&s->log_cond);
 }
 
+/* Where the room in @page ends that may be given out now. */
+static uint64_t page_room_end(BaleStore *s, uint64_t page)
+{
+    return MIN(bale_page(s, page)->allocated, bale_ahead_bound(s, page));
+}
+
 /* Begin a segment in @wb at the end of @bucket's active page. */
 static void buffer_open(BaleStore *s, BaleWriteBuffer *wb, BaleBucket bucket)
 {
@@ -207,8 +213,8 @@ static void buffer_open(BaleStore *s, BaleWriteBuffer *wb, BaleBucket bucket)
     wb->bucket = bucket;
     wb->offset = p->end;
     wb->segment = p->end == 0 ? BALE_BLOCK_SIZE : 0;
-    wb->limit = MIN(s->buffer_size,
-                    bale_align_down(p->allocated, BALE_BLOCK_SIZE) - p->end);
+    wb->limit = MIN(s->buffer_size, bale_align_down(page_room_end(s, page),
+                                                    BALE_BLOCK_SIZE) - p->end);
     wb->len = 0;
     wb->id = 0;
     wb->writers = 0;
@@ -254,8 +260,11 @@ static void submit_push(BaleWriteBuffer **list, BaleWriteBuffer *wb)
     *list = wb;
 }
 
-/* Seal @bucket's open buffer; onto *@submit if it can go to the device. */
-static void buffer_seal(BaleStore *s, BaleBucket bucket,
+/*
+ * Seal @bucket's open buffer, for a @flush or because more does not fit; onto
+ * *@submit if it can go to the device.
+ */
+static void buffer_seal(BaleStore *s, BaleBucket bucket, bool flush,
                         BaleWriteBuffer **submit)
 {
     BaleWriteBuffer *wb = s->open[bucket];
@@ -283,6 +292,7 @@ static void buffer_seal(BaleStore *s, BaleBucket bucket,
     s->stats.padding_bytes += segment_padding(wb);
     s->sealed_end += wb->len;
     bale_log_assert_regions(s);
+    bale_ahead_sealed(s, wb, flush);
     if (wb->writers == 0) {
         submit_push(submit, wb);
     }
@@ -658,18 +668,19 @@ static int log_open_buffer(BaleStore *s, BaleBucket bucket, uint32_t size,
             return 0;
         }
         if (wb) {
-            buffer_seal(s, bucket, submit);
+            buffer_seal(s, bucket, false, submit);
             continue;
         }
         if (s->preparing[bucket] && may_wait) {
             pthread_cond_wait(&s->log_cond, &s->log_lock);
             continue;
         }
-        if (p && s->page_size - begin < need) {
+        if (p && (bale_ahead_spoilt(s, page) ? page_room_end(s, page)
+                                             : s->page_size) - begin < need) {
             page_seal(s, bucket);
             continue;
         }
-        if (p && p->allocated >= begin + need) {
+        if (p && page_room_end(s, page) >= begin + need) {
             wb = buffer_get(s);
             if (wb) {
                 buffer_open(s, wb, bucket);
@@ -802,7 +813,7 @@ void bale_log_flush(BaleStore *s, BaleDone *done, void *opaque)
         return;
     }
     for (int b = 0; b < BALE_BUCKETS; b++) {
-        buffer_seal(s, b, &submit);
+        buffer_seal(s, b, true, &submit);
     }
     nothing = s->sealed_id == s->durable_id && !s->flush_waiters &&
               !s->flushing && !s->dying_pages->len && !s->flush_forced;
@@ -827,6 +838,7 @@ void bale_log_flush(BaleStore *s, BaleDone *done, void *opaque)
     if (flush) {
         log_flush_device(s);
     }
+    bale_ahead_write(s);
 }
 
 int bale_log_flush_sync(BaleStore *s)
@@ -861,7 +873,7 @@ static bool log_has_room(BaleStore *s, BaleBucket bucket, uint64_t need)
         return false;
     }
     p = bale_page(s, s->active[bucket]);
-    return p->allocated >=
+    return page_room_end(s, s->active[bucket]) >=
            need + (wb ? wb->offset + segment_len(wb->used, wb->directory->len)
                       : MAX(p->end, BALE_BLOCK_SIZE));
 }
@@ -882,10 +894,10 @@ int bale_log_append_barriers(BaleStore *s)
          */
         wb = log_has_room(s, BALE_BUCKET_FRESH, need) ? buffer_get(s) : NULL;
         if (wb) {
-            buffer_seal(s, BALE_BUCKET_FRESH, &submit);
+            buffer_seal(s, BALE_BUCKET_FRESH, false, &submit);
             buffer_open(s, wb, BALE_BUCKET_FRESH);
         } else {
-            buffer_seal(s, BALE_BUCKET_COMPACTED, &submit);
+            buffer_seal(s, BALE_BUCKET_COMPACTED, false, &submit);
             ret = log_open_buffer(s, BALE_BUCKET_COMPACTED, 0, true,
                                   &submit);
         }
@@ -903,7 +915,7 @@ void bale_log_seal(BaleStore *s, BaleBucket bucket)
     BaleWriteBuffer *submit = NULL;
 
     pthread_mutex_lock(&s->log_lock);
-    buffer_seal(s, bucket, &submit);
+    buffer_seal(s, bucket, false, &submit);
     pthread_mutex_unlock(&s->log_lock);
     log_submit(s, submit);
 }
@@ -920,7 +932,7 @@ void bale_log_seal_page(BaleStore *s, BaleBucket bucket)
     while (s->preparing[bucket]) {
         pthread_cond_wait(&s->log_cond, &s->log_lock);
     }
-    buffer_seal(s, bucket, &submit);
+    buffer_seal(s, bucket, false, &submit);
     page_seal(s, bucket);
     pthread_mutex_unlock(&s->log_lock);
     log_submit(s, submit);
@@ -973,7 +985,7 @@ bool bale_log_mark(BaleStore *s, BalePageEntry *table, uint64_t pages,
     ok = !bale_log_old_phase(s) && s->pages->len <= pages;
     if (ok) {
         for (int b = 0; b < BALE_BUCKETS; b++) {
-            buffer_seal(s, b, &submit);
+            buffer_seal(s, b, false, &submit);
         }
         s->append_phase = !s->append_phase;
         mark->next_seq = s->next_seq;
@@ -1044,10 +1056,12 @@ void bale_log_init(BaleStore *s)
                          ? 2 * WRITE_BUFFER_SIZE
                          : WRITE_BUFFER_SIZE;
     s->next_seq = 1;
+    bale_ahead_init(s);
 }
 
 void bale_log_destroy(BaleStore *s)
 {
+    bale_ahead_destroy(s);
     for (guint i = 0; i < s->buffers->len; i++) {
         BaleWriteBuffer *wb = g_ptr_array_index(s->buffers, i);
 

@@ -32,7 +32,8 @@ void bale_patch_packer_destroy(BalePatchPacker *k)
 /* A context of @codec and a buffer, for at most @len bytes; false: no memory. */
 static bool packer_prepare(BalePatchPacker *k, BaleCodec codec, uint32_t len)
 {
-    if (k->context && k->buf && k->codec == codec && k->buf_len >= len) {
+    if (k->context && k->buf && k->codec == codec &&
+        k->buf_len >= len) {
         return true;
     }
     bale_patch_packer_destroy(k);

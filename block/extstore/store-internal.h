@@ -126,6 +126,20 @@ struct BaleWriteBuffer {
     BaleWriteBuffer *next; /* free list, or list to submit */
 };
 
+/* --- zeroes ahead of small flushes (ahead.c); all fields under log_lock --- */
+
+typedef struct BaleAhead {
+    uint32_t bytes;     /* at a time, never changed; 0: none at all */
+    uint32_t credit;    /* bytes that small flushes have left for it */
+    uint64_t page, version; /* where; PAGE_NONE: nowhere yet */
+    uint64_t end;       /* in that page, of the zeroes that were written */
+    bool busy;          /* [from, from + len) is being written, or failed to */
+    bool failed;
+    uint64_t from, len;
+    uint8_t *zeroes;    /* made as needed */
+    BaleDeviceIo io;
+} BaleAhead;
+
 /* --- the store --- */
 
 typedef struct BaleWorkerCodec {
@@ -311,6 +325,7 @@ struct BaleStore {
     uint64_t flushed_request;
     BaleFlushWaiter *flush_waiters, **flush_waiters_tail;
     BaleDeviceIo flush_io;
+    BaleAhead ahead;
     uint64_t garbage_bytes;  /* since maintenance was last asked to look */
     unsigned background;     /* device I/O that nobody else waits for */
     unsigned flush_forced;   /* whoever wants a device flush in any case */
@@ -506,6 +521,20 @@ bool bale_compact_background(BaleStore *s);
 bool bale_compact_for_space(BaleStore *s);
 /* Under log_lock: bytes that the background would look at now. */
 uint64_t bale_compact_pending(BaleStore *s);
+
+/* ahead.c; under log_lock but for bale_ahead_write() */
+void bale_ahead_init(BaleStore *s);
+void bale_ahead_destroy(BaleStore *s);
+/* @wb was sealed for a @flush, or because it was full. */
+void bale_ahead_sealed(BaleStore *s, const BaleWriteBuffer *wb, bool flush);
+/* Where in @page zeroes are being written: no segment may reach there. */
+uint64_t bale_ahead_bound(BaleStore *s, uint64_t page);
+/* Did that fail, so that none ever may? */
+bool bale_ahead_spoilt(BaleStore *s, uint64_t page);
+/* Begin to write zeroes if it is time. */
+void bale_ahead_write(BaleStore *s);
+/* The session is over: wait, and forget what is zero.  Drops log_lock. */
+void bale_ahead_settle(BaleStore *s);
 
 /* log.c */
 void bale_log_init(BaleStore *s);

@@ -164,6 +164,9 @@ typedef struct BaleOpenOptions {
     uint64_t cache_size;     /* bytes of decompressed clusters kept; 0: none;
                               * BALE_CACHE_SIZE_DEFAULT is a good start, more
                               * than BALE_CACHE_SIZE_MAX is refused */
+    uint32_t ahead_bytes;    /* of zeroes, written at a time into the room that
+                              * small flushes will take; 0: as many as seems
+                              * good; BALE_AHEAD_NONE: none */
     uint64_t max_size;       /* in place of the stored one, bytes; 0: the
                               * stored one; BALE_MAX_SIZE_NONE: none */
     BaleFailedNotify *failed; /* optional */
@@ -175,6 +178,7 @@ typedef struct BaleOpenOptions {
 #define BALE_CACHE_SIZE_DEFAULT (16ull << 20)
 #define BALE_CACHE_SIZE_MAX     (1ull << 40)
 #define BALE_MAX_SIZE_NONE      UINT64_MAX
+#define BALE_AHEAD_NONE         UINT32_MAX
 
 /*
  * Open the store on @dev.  @dev is transferred on success only: it is closed
@@ -318,6 +322,7 @@ typedef struct BaleStoreStats {
     uint64_t logical_bytes;            /* guest bytes compressed */
     uint64_t stored_bytes;             /* record bytes appended for them */
     uint64_t segments, segment_bytes, padding_bytes;
+    uint64_t ahead_bytes;       /* of zeroes written ahead of small flushes */
     uint64_t flushes, device_flushes, revivals;
     uint64_t write_amplification_permille; /* segment_bytes, with padding,
                                         * directories, checkpoints and copies,

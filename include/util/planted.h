@@ -71,6 +71,7 @@ enum {
     BALE_PLANTED_alias_forgotten,
     BALE_PLANTED_shared_layer_merged,
     BALE_PLANTED_flush_one_image,
+    BALE_PLANTED_ahead_unbounded,
 };
 
 #ifndef BALE_PLANTED_BUG

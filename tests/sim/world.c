@@ -21,7 +21,8 @@
 const Geometry geometries[] = {
     { "small", 4096, BALE_CODEC_ZSTD, 6, 8, false },
     { "backed", 4096, BALE_CODEC_DEFLATE, 6, 8, true },
-    { "middle", 16384, BALE_CODEC_ZSTD, 6, 8, true, .skip_unchanged = true },
+    { "middle", 16384, BALE_CODEC_ZSTD, 6, 8, true, .skip_unchanged = true,
+      .ahead_bytes = 2 * BALE_BLOCK_SIZE },
     /* A few writes fill a page, so that pages are freed and used again. */
     { "pages", 262144, BALE_CODEC_NONE, 5, 6, false },
     { "pages-backed", 262144, BALE_CODEC_NONE, 5, 6, true },
@@ -31,7 +32,8 @@ const Geometry geometries[] = {
      */
     { "limited", 262144, BALE_CODEC_NONE, 5, 6, false,
       .max_size = SUPER_BYTES + 12 * BALE_PAGE_SIZE_UNIT },
-    { "skipping", 4096, BALE_CODEC_ZSTD, 6, 8, .skip_unchanged = true },
+    { "skipping", 4096, BALE_CODEC_ZSTD, 6, 8, .skip_unchanged = true,
+      .ahead_bytes = BALE_BLOCK_SIZE },
 };
 const unsigned geometry_count = G_N_ELEMENTS(geometries);
 
@@ -349,6 +351,7 @@ bool world_open(World *w)
 {
     BaleOpenOptions o = { .workers = w->workers,
                           .cache_size = 2 * w->geo->cluster_size,
+                          .ahead_bytes = w->geo->ahead_bytes,
                           .failed = world_failed,
                           .damage = world_damage,
                           .notify_opaque = w };

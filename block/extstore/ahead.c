@@ -1,0 +1,169 @@
+/*
+ * Zeroes ahead of the log, for small flushes.
+ *
+ * The room of a page was reserved, but most file systems must note at the next
+ * flush which blocks of it have been written for the first time: a commit of
+ * their own log, which takes longer than the write and the flush.  So when one
+ * small flush follows the other, zeroes are written into the room that the next
+ * ones will take, many blocks at a time, beside them.
+ *
+ * Only what small flushes have saved is spent on that: each may cost
+ * AHEAD_FLUSH_BLOCKS with its share.  So where segments are large, there is none.
+ *
+ * Invariants:
+ *  1. Zeroes are written behind everything that was given out, and nothing is
+ *     given out there before they are written: bale_ahead_bound().
+ *  2. After an error nobody knows whether the zeroes will not come yet: nothing
+ *     is ever given out there, and no more zeroes are written.
+ *  3. Nothing relies on the zeroes: they are what the room reads as anyhow, or
+ *     stale bytes that no checksum lets pass.
+ *
+ * Threads: any; everything under log_lock but the device call.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "store-internal.h"
+
+#include "util/memory.h"
+#include "util/planted.h"
+
+/* Bytes written at a time, if the options do not say. */
+#define AHEAD_BYTES (256u << 10)
+/* Blocks that a small flush may take, with what it pays for. */
+#define AHEAD_FLUSH_BLOCKS 3u
+
+uint64_t bale_ahead_bound(BaleStore *s, uint64_t page)
+{
+    BaleAhead *a = &s->ahead;
+
+    return a->busy && a->page == page &&
+                   a->version == bale_page(s, page)->version &&
+                   !BALE_PLANTED(ahead_unbounded)
+               ? a->from
+               : UINT64_MAX;
+}
+
+bool bale_ahead_spoilt(BaleStore *s, uint64_t page)
+{
+    return s->ahead.failed && bale_ahead_bound(s, page) != UINT64_MAX;
+}
+
+void bale_ahead_sealed(BaleStore *s, const BaleWriteBuffer *wb, bool flush)
+{
+    BaleAhead *a = &s->ahead;
+    uint64_t credit = a->credit;
+
+    if (wb->bucket == BALE_BUCKET_FRESH) {
+        credit += flush ? AHEAD_FLUSH_BLOCKS * BALE_BLOCK_SIZE : 0;
+        credit -= MIN(credit, wb->len);
+        a->credit = MIN(credit, 2ull * a->bytes);
+    }
+}
+
+void bale_ahead_settle(BaleStore *s)
+{
+    BaleAhead *a = &s->ahead;
+
+    while (a->busy && !a->failed) {
+        pthread_cond_wait(&s->log_cond, &s->log_lock);
+    }
+    if (!a->failed) {
+        a->page = PAGE_NONE;
+    }
+    a->credit = 0;
+}
+
+static void ahead_stored(BaleDeviceIo *io, int ret)
+{
+    BaleStore *s = (BaleStore *)((char *)io - offsetof(BaleStore, ahead.io));
+    BaleAhead *a = &s->ahead;
+
+    pthread_mutex_lock(&s->log_lock);
+    bale_page(s, a->page)->in_flight--;
+    bale_page_consider(s, a->page);
+    if (ret < 0) {
+        a->failed = true;
+    } else {
+        a->busy = false;
+        a->end = a->from + a->len;
+    }
+    s->background--;
+    pthread_cond_broadcast(&s->log_cond);
+    pthread_mutex_unlock(&s->log_lock);
+}
+
+/* Is it time, and for what?  Under log_lock. */
+static bool ahead_due(BaleStore *s)
+{
+    BaleAhead *a = &s->ahead;
+    uint64_t page = s->active[BALE_BUCKET_FRESH];
+    uint64_t gap = bale_align_up(a->bytes / 4, BALE_BLOCK_SIZE), end;
+    BalePage *p;
+
+    if (a->busy || a->bytes == 0 || a->credit < a->bytes || !s->session ||
+        store_failed(s) || page == PAGE_NONE || s->open[BALE_BUCKET_FRESH]) {
+        return false;
+    }
+    p = bale_page(s, page);
+    if (a->page != page || a->version != p->version) {
+        a->page = page;
+        a->version = p->version;
+        a->end = 0;
+    }
+    if (a->end > p->end + a->bytes / 2) {
+        return false;
+    }
+    /* Who comes next finds some room before it. */
+    a->from = MAX(a->end, p->end + gap);
+    end = MIN(a->from + a->bytes,
+              bale_align_down(p->allocated, BALE_BLOCK_SIZE));
+    if (end <= a->from) {
+        return false;
+    }
+    a->len = end - a->from;
+    if (!a->zeroes) {
+        a->zeroes = bale_memory_try_alloc0(BALE_BLOCK_SIZE, a->bytes);
+    }
+    return a->zeroes;
+}
+
+void bale_ahead_write(BaleStore *s)
+{
+    BaleAhead *a = &s->ahead;
+    bool due;
+
+    pthread_mutex_lock(&s->log_lock);
+    due = ahead_due(s);
+    if (due) {
+        a->busy = true;
+        a->credit -= a->bytes;
+        bale_page(s, a->page)->in_flight++;
+        s->background++;
+        s->stats.ahead_bytes += a->len;
+        a->io.offset = page_address(s, a->page) + a->from;
+        a->io.buf = a->zeroes;
+        a->io.len = a->len;
+        a->io.done = ahead_stored;
+    }
+    pthread_mutex_unlock(&s->log_lock);
+    if (due) {
+        s->dev->ops->store(s->dev, &a->io);
+    }
+}
+
+void bale_ahead_init(BaleStore *s)
+{
+    uint32_t bytes = s->options.ahead_bytes;
+
+    s->ahead.page = PAGE_NONE;
+    /* The blocks of a device were not reserved, they are there. */
+    if (bytes != BALE_AHEAD_NONE && !s->dev_info.fixed_size) {
+        s->ahead.bytes =
+            bytes ? bale_align_up(bytes, BALE_BLOCK_SIZE) : AHEAD_BYTES;
+    }
+}
+
+void bale_ahead_destroy(BaleStore *s)
+{
+    bale_memory_free(s->ahead.zeroes);
+}
