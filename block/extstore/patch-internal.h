@@ -88,7 +88,7 @@ int bale_patch_table_spoil(BalePatchTable *t, BaleLayer *layer);
 
 /* --- payloads (patch-pack.c) --- */
 
-/* Compresses and decompresses patches, for one at a time.  Begin with zeroes. */
+/* Compresses and decompresses patches; begin with zeroes. */
 typedef struct BalePatchPacker {
     BaleCodec codec;
     BaleCodecContext *context; /* made as needed, as is buf */

@@ -14,7 +14,7 @@
 
 #include "util/memory.h"
 
-/* Bytes.  Longer ones take the codec too long, shorter ones are not the cost. */
+/* Bytes.  Longer ones take the codec too long, shorter ones cost little. */
 #define PACK_MAX (16u << 10)
 #define PACK_MIN 1024u
 /* It must save so many bytes: what a segment adds to a single patch. */
