@@ -8,7 +8,7 @@
  * ones will take, many blocks at a time, beside them.
  *
  * Only what small flushes have saved is spent on that: each may cost
- * AHEAD_FLUSH_BLOCKS with its share.  So where segments are large, there is none.
+ * AHEAD_FLUSH_BLOCKS with its share.  Where segments are large, there is none.
  *
  * Invariants:
  *  1. Zeroes are written behind everything that was given out, and nothing is

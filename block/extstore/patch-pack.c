@@ -29,7 +29,7 @@ void bale_patch_packer_destroy(BalePatchPacker *k)
     *k = (BalePatchPacker){ 0 };
 }
 
-/* A context of @codec and a buffer, for at most @len bytes; false: no memory. */
+/* A context of @codec and a buffer, for @len bytes; false: no memory. */
 static bool packer_prepare(BalePatchPacker *k, BaleCodec codec, uint32_t len)
 {
     if (k->context && k->buf && k->codec == codec &&

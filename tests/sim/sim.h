@@ -110,7 +110,7 @@ typedef struct Geometry {
     bool backing;       /* something lies under it */
     bool skip_unchanged; /* writes are compared with what is there */
     uint64_t max_size;  /* of the store; 0: no limit */
-    uint32_t ahead_bytes; /* zeroes ahead of small flushes; 0: too few flushes */
+    uint32_t ahead_bytes; /* of zeroes at a time; 0: more than we flush */
 } Geometry;
 
 extern const Geometry geometries[];
