@@ -13,7 +13,9 @@
  * the same pending list and use pread and pwrite.
  *
  * Flushes have a thread of their own.  It answers all flushes that wait with
- * one fdatasync().  The first one that fails makes all later ones fail: the
+ * one fdatasync().  Who asks for a flush and would only wait does it itself, if
+ * no other is under way; and the store before it, too: two threads less to be
+ * woken.  The first flush that fails makes all later ones fail: the
  * kernel reports lost pages once and then forgets them, so asking again would
  * be answered with a lie.
  *
@@ -109,8 +111,9 @@ typedef struct AioDevice {
     bool starved;
     unsigned starved_tries;
     bool stop;
+    bool flushing; /* somebody is in fdatasync() */
 
-    /* Only the flusher. */
+    /* Only who has set flushing. */
     int flush_error;
 
     /* Atomic: threads inside store, get, flush or unplug. */
@@ -461,6 +464,15 @@ static ssize_t attempt(AioDevice *aio, AioRequest *request)
     return res < 0 ? -errno : res;
 }
 
+/* All of a transfer, on this thread. */
+static void transfer_now(AioDevice *aio, AioRequest *request)
+{
+    while (!request_step(aio, request, attempt(aio, request))) {
+        bale_transfer_backoff(&request->transfer);
+    }
+    request_complete(aio, request, request->ret);
+}
+
 static gpointer worker_thread(gpointer opaque)
 {
     AioDevice *aio = opaque;
@@ -477,10 +489,7 @@ static gpointer worker_thread(gpointer opaque)
             continue;
         }
         pthread_mutex_unlock(&aio->lock);
-        while (!request_step(aio, request, attempt(aio, request))) {
-            bale_transfer_backoff(&request->transfer);
-        }
-        request_complete(aio, request, request->ret);
+        transfer_now(aio, request);
         pthread_mutex_lock(&aio->lock);
     }
     pthread_mutex_unlock(&aio->lock);
@@ -516,24 +525,50 @@ static gpointer flusher_thread(gpointer opaque)
     while (true) {
         AioList flushes = aio->flushes;
 
-        if (!flushes.head) {
-            if (aio->stop) {
+        if (!flushes.head || aio->flushing) {
+            if (!flushes.head && aio->stop) {
                 break;
             }
             pthread_cond_wait(&aio->flush_work, &aio->lock);
             continue;
         }
         aio->flushes.head = NULL;
+        aio->flushing = true;
         pthread_mutex_unlock(&aio->lock);
         flush_now(aio);
         for (AioRequest *r = flushes.head; r; r = r->next) {
             r->ret = aio->flush_error;
         }
+        pthread_mutex_lock(&aio->lock);
+        aio->flushing = false;
+        pthread_mutex_unlock(&aio->lock);
         complete_all(aio, &flushes);
         pthread_mutex_lock(&aio->lock);
     }
     pthread_mutex_unlock(&aio->lock);
     return NULL;
+}
+
+/* Flush on this thread, unless others flush, or wait for the flusher. */
+static bool flush_in_place(AioDevice *aio, AioRequest *request)
+{
+    bool alone;
+
+    pthread_mutex_lock(&aio->lock);
+    alone = !aio->flushing && !aio->flushes.head;
+    aio->flushing |= alone;
+    pthread_mutex_unlock(&aio->lock);
+    if (!alone) {
+        return false;
+    }
+    flush_now(aio);
+    request->ret = aio->flush_error;
+    pthread_mutex_lock(&aio->lock);
+    aio->flushing = false;
+    pthread_cond_signal(&aio->flush_work);
+    pthread_mutex_unlock(&aio->lock);
+    request_complete(aio, request, request->ret);
+    return true;
 }
 
 /* ---- the vtable ------------------------------------------------------- */
@@ -571,6 +606,9 @@ static void aio_enter(AioDevice *aio, BaleDeviceIo *io, AioKind kind)
         .start_ns = bale_device_count_begin(&aio->counters),
     };
     if (kind == AIO_FLUSH) {
+        if (io->may_block && flush_in_place(aio, request)) {
+            return;
+        }
         pthread_mutex_lock(&aio->lock);
         list_append(&aio->flushes, request);
         pthread_cond_signal(&aio->flush_work);
@@ -588,6 +626,10 @@ static void aio_enter(AioDevice *aio, BaleDeviceIo *io, AioKind kind)
     }
     if (io->len > INT64_MAX || io->offset > INT64_MAX - io->len) {
         request_complete(aio, request, -EFBIG);
+        return;
+    }
+    if (kind == AIO_STORE && io->may_block) {
+        transfer_now(aio, request);
         return;
     }
     pthread_mutex_lock(&aio->lock);

@@ -542,7 +542,9 @@ int bale_image_write_sync(BaleImage *image, uint64_t offset, const void *buf,
     struct iovec iov = { (void *)buf, len };
     BaleSync sync = BALE_SYNC_INIT;
 
+    bale_log_wait_here(flags & BALE_FUA);
     bale_image_write(image, offset, &iov, 1, flags, bale_sync_done, &sync);
+    bale_log_wait_here(false);
     return bale_sync_wait(&sync);
 }
 
@@ -559,6 +561,8 @@ int bale_store_flush_sync(BaleStore *store)
 {
     BaleSync sync = BALE_SYNC_INIT;
 
+    bale_log_wait_here(true);
     bale_store_flush(store, bale_sync_done, &sync);
+    bale_log_wait_here(false);
     return bale_sync_wait(&sync);
 }

@@ -57,6 +57,12 @@ typedef struct UnprovenEnd {
     uint64_t log_end; /* stable_end with this segment */
 } UnprovenEnd;
 
+/* Longer segments are left to the device's own threads, bytes. */
+#define IN_PLACE_MAX (64u << 10)
+
+/* This thread is going to wait for a flush that it asks for. */
+static _Thread_local bool log_waits;
+
 struct BaleFlushWaiter {
     BaleFlushWaiter *next;
     uint64_t request;
@@ -371,6 +377,7 @@ static void log_submit(BaleStore *s, BaleWriteBuffer *list)
         wb->io.buf = wb->buf;
         wb->io.len = wb->len;
         wb->io.done = log_stored;
+        wb->io.may_block = log_waits && !list && wb->len <= IN_PLACE_MAX;
         s->dev->ops->store(s->dev, &wb->io);
     }
 }
@@ -379,6 +386,9 @@ static void log_flush_device(BaleStore *s)
 {
     stat_add(&s->stats.device_flushes, 1);
     s->flush_io.done = log_flushed;
+    /* Only one: those that follow are for others. */
+    s->flush_io.may_block = log_waits;
+    log_waits = false;
     if (BALE_PLANTED(flush_skipped)) {
         log_flushed(&s->flush_io, 0);
         return;
@@ -797,6 +807,11 @@ int bale_log_append_now(BaleStore *s, BaleBucket bucket, BaleRecord *r,
                         uint64_t *address)
 {
     return log_append(s, bucket, r, payload, live, false, address);
+}
+
+void bale_log_wait_here(bool wait)
+{
+    log_waits = wait;
 }
 
 void bale_log_flush(BaleStore *s, BaleDone *done, void *opaque)

@@ -556,6 +556,11 @@ int bale_log_append_now(BaleStore *s, BaleBucket bucket, BaleRecord *r,
                         const void *payload, uint64_t live,
                         uint64_t *address);
 void bale_log_flush(BaleStore *s, BaleDone *done, void *opaque);
+/*
+ * Between true and false this thread asks for a flush, of the log or what comes
+ * before it, and then waits for that: a device may use it meanwhile.
+ */
+void bale_log_wait_here(bool wait);
 int bale_log_flush_sync(BaleStore *s);
 /* A device flush even if the log has nothing to flush. */
 int bale_log_flush_forced(BaleStore *s);

@@ -9,10 +9,10 @@
  * commands of one's own) follows memcached's storage-engine interface.
  *
  * Threads: store, get and flush are called from any thread, also several at
- * once, must not block on the device, and complete exactly once through
- * io->done, from any thread, possibly before they return.  All other functions
- * may block; they are called from engine threads, never from a thread that a
- * completion of this device needs in order to run.
+ * once, must not block on the device (but see may_block), and complete exactly
+ * once through io->done, from any thread, possibly before they return.  All
+ * other functions may block; they are called from engine threads, never from a
+ * thread that a completion of this device needs in order to run.
  *
  * Errors: 0 or a negative errno.  A device answers short transfers, EINTR and
  * EAGAIN itself: a completion with 0 means that every byte was transferred.  A
@@ -53,6 +53,11 @@ struct BaleDeviceIo {
     void *buf;       /* borrowed until @done */
     size_t len;      /* bytes */
     BaleDeviceDone *done;
+    /*
+     * Whoever submits this store or flush has nothing to do but wait for it: a
+     * device may do all of it, and complete it, before the call returns.
+     */
+    bool may_block;
     /* For the device's own use between submission and completion. */
     union {
         uint64_t words[16];
