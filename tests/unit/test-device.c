@@ -97,11 +97,55 @@ static void *block_of(uint8_t fill, size_t len)
     return buf;
 }
 
+typedef struct Counted {
+    BaleDeviceIo io; /* first */
+    gint *left;
+    int ret;
+} Counted;
+
+static void counted_done(BaleDeviceIo *io, int ret)
+{
+    Counted *counted = (Counted *)io;
+
+    counted->ret = ret;
+    g_atomic_int_add(counted->left, -1);
+}
+
+static void wait_for(gint *left)
+{
+    while (g_atomic_int_get(left) > 0) {
+        g_usleep(100);
+    }
+}
+
+/* Stores and flushes are done on the thread that asks for them. */
+static _Thread_local bool in_place;
+
+static int waited_for(BaleDevice *dev,
+                      void (*submit)(BaleDevice *dev, BaleDeviceIo *io),
+                      uint64_t offset, void *buf, size_t len)
+{
+    gint left = 1;
+    Counted counted = {
+        .io = { offset, buf, len, counted_done, .may_block = in_place },
+        .left = &left,
+    };
+
+    submit(dev, &counted.io);
+    wait_for(&left);
+    return counted.ret;
+}
+
 static int store(BaleDevice *dev, uint64_t offset, uint8_t fill, size_t len)
 {
     BALE_AUTO_MEMORY void *buf = block_of(fill, len);
 
-    return bale_device_store_sync(dev, offset, buf, len);
+    return waited_for(dev, dev->ops->store, offset, buf, len);
+}
+
+static int flush(BaleDevice *dev)
+{
+    return waited_for(dev, dev->ops->flush, 0, NULL, 0);
 }
 
 static int get(BaleDevice *dev, uint64_t offset, uint8_t fill, size_t len)
@@ -135,13 +179,15 @@ static void on_each_backend(Body *body)
 {
     static const unsigned ways[] = { 0, BALE_DEVICE_BUFFERED };
 
-    for (unsigned i = 0; i < G_N_ELEMENTS(ways); i++) {
+    for (unsigned i = 0; i < 2 * G_N_ELEMENTS(ways); i++) {
         g_autofree char *path = path_of("each");
-        g_autoptr(BaleDevice) dev = open_ok(path, RW_NEW | ways[i]);
+        g_autoptr(BaleDevice) dev = open_ok(path, RW_NEW | ways[i / 2]);
         g_autofree char *backend = backend_of(dev);
 
-        g_test_message("%s", backend);
+        in_place = i % 2;
+        g_test_message("%s%s", backend, in_place ? ", in place" : "");
         body(dev);
+        in_place = false;
         g_unlink(path);
     }
 }
@@ -502,27 +548,6 @@ static void test_we_cannot_open_what_qemu_writes(void)
 }
 
 /* ---- many at once ----------------------------------------------------- */
-
-typedef struct Counted {
-    BaleDeviceIo io; /* first */
-    gint *left;
-    int ret;
-} Counted;
-
-static void counted_done(BaleDeviceIo *io, int ret)
-{
-    Counted *counted = (Counted *)io;
-
-    counted->ret = ret;
-    g_atomic_int_add(counted->left, -1);
-}
-
-static void wait_for(gint *left)
-{
-    while (g_atomic_int_get(left) > 0) {
-        g_usleep(100);
-    }
-}
 
 static void body_deep_queue(BaleDevice *dev)
 {
@@ -1058,12 +1083,12 @@ static void body_failed_flush(BaleDevice *dev)
     Fault fault = { BALE_FAULT_SYNC, 2, false, -EIO };
 
     bale_fault_hook_set(inject, &fault);
-    g_assert_cmpint(bale_device_flush_sync(dev), ==, 0);
+    g_assert_cmpint(flush(dev), ==, 0);
     g_assert_cmpint(store(dev, 0, 1, BLOCK), ==, 0);
-    g_assert_cmpint(bale_device_flush_sync(dev), ==, -EIO);
+    g_assert_cmpint(flush(dev), ==, -EIO);
     bale_fault_hook_set(NULL, NULL);
     /* The kernel would say yes now; we know better. */
-    g_assert_cmpint(bale_device_flush_sync(dev), ==, -EIO);
+    g_assert_cmpint(flush(dev), ==, -EIO);
     g_assert_cmpint(fault.nth, ==, 0);
     g_assert_cmpint(get(dev, 0, 1, BLOCK), ==, 0);
 }
@@ -1073,6 +1098,59 @@ static void test_failed_flush_is_never_retried(void)
     on_each_backend(body_failed_flush);
 }
 
+enum { FLUSHERS = 4, FLUSHES = 100 };
+
+typedef struct Flusher {
+    BaleDevice *dev;
+    unsigned number;
+    bool failed;
+} Flusher;
+
+static gpointer flusher_run(gpointer opaque)
+{
+    Flusher *f = opaque;
+
+    in_place = f->number % 2;
+    for (unsigned i = 0; i < FLUSHES; i++) {
+        int ret;
+
+        g_assert_cmpint(store(f->dev, f->number * BLOCK, i, BLOCK), ==, 0);
+        ret = flush(f->dev);
+        g_assert_true(ret == -EIO || (ret == 0 && !f->failed));
+        f->failed = ret < 0;
+    }
+    return NULL;
+}
+
+/* Those that flush themselves and those that let flush, beside each other. */
+static void flushers(bool fail)
+{
+    g_autofree char *path = path_of("flushers");
+    g_autoptr(BaleDevice) dev = open_ok(path, RW_NEW);
+    Fault fault = { BALE_FAULT_SYNC, FLUSHES / 2, false, -EIO };
+    GThread *threads[FLUSHERS];
+    Flusher f[FLUSHERS];
+
+    bale_fault_hook_set(fail ? inject : NULL, &fault);
+    for (unsigned i = 0; i < FLUSHERS; i++) {
+        f[i] = (Flusher){ dev, i, false };
+        threads[i] = g_thread_new("flusher", flusher_run, &f[i]);
+    }
+    for (unsigned i = 0; i < FLUSHERS; i++) {
+        g_thread_join(threads[i]);
+        g_assert_cmpint(f[i].failed, ==, fail);
+        g_assert_cmpint(get(dev, i * BLOCK, FLUSHES - 1, BLOCK), ==, 0);
+    }
+    bale_fault_hook_set(NULL, NULL);
+    g_assert_cmpint(flush(dev), ==, fail ? -EIO : 0);
+}
+
+static void test_flushes_in_place_and_not(void)
+{
+    flushers(false);
+    flushers(true);
+}
+
 static void test_interrupted_flush_is_a_failed_flush(void)
 {
     g_autofree char *path = path_of("flush-eintr");
@@ -1080,7 +1158,7 @@ static void test_interrupted_flush_is_a_failed_flush(void)
     Fault fault = { BALE_FAULT_SYNC, 1, false, -EINTR };
 
     bale_fault_hook_set(inject, &fault);
-    g_assert_cmpint(bale_device_flush_sync(dev), ==, -EIO);
+    g_assert_cmpint(flush(dev), ==, -EIO);
     bale_fault_hook_set(NULL, NULL);
     g_assert_cmpint(fault.nth, ==, 0);
 }
@@ -1291,6 +1369,7 @@ int main(int argc, char **argv)
     TEST(always_short_transfers_end);
     TEST(endless_interruption_ends_in_eio);
     TEST(failed_flush_is_never_retried);
+    TEST(flushes_in_place_and_not);
     TEST(interrupted_flush_is_a_failed_flush);
     TEST(full_kernel_queue_is_waited_for);
     TEST(refused_submission_is_reported);
