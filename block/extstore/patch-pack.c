@@ -2,7 +2,7 @@
  * The payloads of patches: a small write that compresses is one block of the
  * device when it is flushed, with all that goes around it, and not two.
  *
- * Always at the fastest level that compresses well: whoever flushes waits.
+ * Whoever flushes waits for it, so a fast level does, whatever the image's is.
  *
  * Threads: one at a time for each packer.
  *
@@ -19,8 +19,16 @@
 #define PACK_MIN 1024u
 /* It must save so many bytes: what a segment adds to a single patch. */
 #define PACK_SAVED_MIN 288u
-/* Of each codec that has levels. */
-#define PACK_LEVEL 1
+
+/*
+ * On 4 KiB of which half compresses zstd takes 8 us at this level, 12 us at
+ * level 1, and igzip 18 us; what only shorter codes would make shorter stays as
+ * it is then.
+ */
+static const int pack_levels[BALE_CODEC__MAX] = {
+    [BALE_CODEC_DEFLATE] = 1,
+    [BALE_CODEC_ZSTD] = -1,
+};
 
 void bale_patch_packer_destroy(BalePatchPacker *k)
 {
@@ -38,8 +46,7 @@ static bool packer_prepare(BalePatchPacker *k, BaleCodec codec, uint32_t len)
     }
     bale_patch_packer_destroy(k);
     k->codec = codec;
-    k->context = bale_codec_context_new(
-        codec, codec == BALE_CODEC_NONE ? 0 : PACK_LEVEL, len, NULL);
+    k->context = bale_codec_context_new(codec, pack_levels[codec], len, NULL);
     k->buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, len);
     k->buf_len = len;
     return k->context && k->buf;
