@@ -68,6 +68,7 @@ typedef struct Pace {
     uint64_t examined;   /* stats.compact_examined_bytes by then */
     int64_t rest_us;     /* when the rest is over */
     uint64_t requests;   /* of callers, when last looked */
+    uint64_t reads;      /* ... those that read */
 } Pace;
 
 /* --- choosing --- */
@@ -212,6 +213,21 @@ static void debt_pay(BalePaceDebt *debt, uint64_t rate)
     debt->then_us = now_us;
 }
 
+static uint64_t pace_requests(BaleStore *s, uint64_t *reads)
+{
+    *reads = __atomic_load_n(&s->stats.reads, __ATOMIC_RELAXED);
+    return *reads + __atomic_load_n(&s->stats.writes, __ATOMIC_RELAXED) +
+           __atomic_load_n(&s->stats.zeroes, __ATOMIC_RELAXED);
+}
+
+static Pace pace_init(BaleStore *s, BalePaceDebt *debt)
+{
+    Pace pace = { .debt = debt };
+
+    pace.requests = pace_requests(s, &pace.reads);
+    return pace;
+}
+
 static void pace_step_begins(Pace *pace, BaleStore *s)
 {
     pace->step_us = g_get_monotonic_time();
@@ -227,17 +243,17 @@ static void pace_step_ended(Pace *pace, BaleStore *s, uint64_t rate,
                             unsigned times)
 {
     int64_t now_us = g_get_monotonic_time();
-    uint64_t requests =
-        __atomic_load_n(&s->stats.reads, __ATOMIC_RELAXED) +
-        __atomic_load_n(&s->stats.writes, __ATOMIC_RELAXED) +
-        __atomic_load_n(&s->stats.zeroes, __ATOMIC_RELAXED);
-    bool busy = requests != pace->requests ||
-                __atomic_load_n(&s->reads_in_flight, __ATOMIC_RELAXED) ||
+    uint64_t reads, requests = pace_requests(s, &reads);
+    bool reading = reads != pace->reads ||
+                   __atomic_load_n(&s->reads_in_flight, __ATOMIC_RELAXED);
+    bool busy = reading || requests != pace->requests ||
                 __atomic_load_n(&s->writes_in_flight, __ATOMIC_RELAXED);
 
     if (!pace->step_us) {
         return;
     }
+    __atomic_store_n(&s->compact_gently, reading && !s->space_waiters,
+                     __ATOMIC_RELAXED);
     if (rate) {
         debt_pay(pace->debt, rate);
         pace->debt->bytes += examined_bytes(s) - pace->examined;
@@ -249,6 +265,7 @@ static void pace_step_ended(Pace *pace, BaleStore *s, uint64_t rate,
         pace->rest_us = now_us + MIN(rest_us, REST_MAX_US);
     }
     pace->requests = requests;
+    pace->reads = reads;
     pace->step_us = 0;
 }
 
@@ -287,6 +304,11 @@ static void pace_wait(BaleStore *s, pthread_cond_t *cond, int64_t us)
 
     wait_us(s, cond, us);
     s->stats.compact_paced_ns += (g_get_monotonic_time() - before_us) * 1000;
+}
+
+bool bale_compact_gently(BaleStore *s)
+{
+    return __atomic_load_n(&s->compact_gently, __ATOMIC_RELAXED);
 }
 
 /* --- in the background, on the maintenance thread, in a step --- */
@@ -353,6 +375,10 @@ static void background_step_ended(Background *b)
     bale_workers_hold(s->workers, us);
     s->stats.writes_held_ns += us * 1000;
     pace_step_ended(&b->pace, s, s->compact_rate, background_rest(s));
+    if (us) {
+        /* Who writes waits for us: be quick. */
+        __atomic_store_n(&s->compact_gently, false, __ATOMIC_RELAXED);
+    }
 }
 
 static bool background_go(void *opaque)
@@ -386,7 +412,7 @@ static int background_page(BaleStore *s, uint64_t page, bool for_space)
 {
     Background b = {
         .s = s,
-        .pace = { .debt = &s->compact_debt },
+        .pace = pace_init(s, &s->compact_debt),
         .for_space = for_space,
     };
     int ret;
@@ -622,7 +648,7 @@ bool bale_store_compact(BaleStore *s, const BaleCompactOptions *o,
         bale_maintain_signal(s, false, false);
         pthread_mutex_unlock(&s->log_lock);
         cmd.before = examined_bytes(s);
-        cmd.pace.debt = &cmd.debt;
+        cmd.pace = pace_init(s, &cmd.debt);
         ret = command_run(&cmd);
         pthread_mutex_lock(&s->log_lock);
         s->compact_commands--;

@@ -38,6 +38,8 @@
 
 /* A window is read in pieces of so many bytes, for others to come between. */
 #define WINDOW_PIECE (256u << 10)
+/* ... and of so many while callers read. */
+#define WINDOW_PIECE_GENTLE (64u << 10)
 #define WINDOWS 2
 
 /* Part of a page that was read, or is being read. */
@@ -201,10 +203,12 @@ static void window_piece_read(BaleDeviceIo *io, int ret)
 static void window_read_piece(Window *w)
 {
     uint64_t at = w->got;
+    uint64_t piece = bale_compact_gently(w->s) ? WINDOW_PIECE_GENTLE
+                                               : WINDOW_PIECE;
 
     w->io.offset += w->io.len;
     w->io.buf = w->buf + at;
-    w->io.len = MIN(w->len - at, WINDOW_PIECE);
+    w->io.len = MIN(w->len - at, piece);
     w->io.done = window_piece_read;
     w->got += w->io.len;
     w->s->dev->ops->get(w->s->dev, &w->io);

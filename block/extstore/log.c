@@ -48,6 +48,9 @@
     (2 * BALE_RECORD_HEADER_LEN + BALE_SEGMENT_PAYLOAD_LEN +                 \
      BALE_BARRIERS_MAX * BALE_BARRIER_LEN)
 
+/* Copies are written in pieces of so many bytes while callers read. */
+#define COPY_PIECE (64u << 10)
+
 /* A segment that is on the device but not yet proven by a flush. */
 typedef struct UnprovenEnd {
     uint64_t id;
@@ -366,6 +369,20 @@ static bool flush_due(BaleStore *s)
 
 /* --- not under log_lock: device calls --- */
 
+/*
+ * Bytes to write next of @wb: copies make way for callers that read, unless
+ * somebody waits for a flush.  Under log_lock, or before anything was written.
+ */
+static uint32_t log_piece(BaleStore *s, const BaleWriteBuffer *wb)
+{
+    uint32_t len = wb->len - wb->asked;
+
+    return wb->bucket == BALE_BUCKET_COMPACTED && bale_compact_gently(s) &&
+                   !(wb->asked && s->flush_waiters)
+               ? MIN(len, COPY_PIECE)
+               : len;
+}
+
 static void log_submit(BaleStore *s, BaleWriteBuffer *list)
 {
     while (list) {
@@ -373,9 +390,10 @@ static void log_submit(BaleStore *s, BaleWriteBuffer *list)
 
         list = wb->next;
         buffer_finish(wb);
+        wb->asked = 0;
         wb->io.offset = page_address(s, wb->page) + wb->offset;
         wb->io.buf = wb->buf;
-        wb->io.len = wb->len;
+        wb->io.len = wb->asked = log_piece(s, wb);
         wb->io.done = log_stored;
         wb->io.may_block = log_waits && !list && wb->len <= IN_PLACE_MAX;
         s->dev->ops->store(s->dev, &wb->io);
@@ -485,6 +503,15 @@ static void log_stored(BaleDeviceIo *io, int ret)
         wb->failed = true;
         pthread_cond_broadcast(&s->log_cond);
         pthread_mutex_unlock(&s->log_lock);
+        return;
+    }
+    if (wb->asked < wb->len && !BALE_PLANTED(piece_forgotten)) {
+        wb->io.offset += wb->io.len;
+        wb->io.buf = wb->buf + wb->asked;
+        wb->io.len = log_piece(s, wb);
+        wb->asked += wb->io.len;
+        pthread_mutex_unlock(&s->log_lock);
+        s->dev->ops->store(s->dev, &wb->io);
         return;
     }
     p = bale_page(s, wb->page);

@@ -115,6 +115,7 @@ struct BaleWriteBuffer {
     /* Under log_lock. */
     uint32_t used;       /* bytes of buf given out to records */
     uint32_t len;        /* bytes to write, set when sealed */
+    uint32_t asked;      /* ... that the device was asked to write */
     uint32_t writers;    /* appends that still copy */
     uint32_t pins;       /* readers */
     uint64_t id;         /* order of sealing, 0 before */
@@ -365,6 +366,7 @@ struct BaleStore {
     bool compact_off;
     uint64_t compact_rate;   /* bytes examined a second; 0: no bound */
     BalePaceDebt compact_debt; /* of the background */
+    bool compact_gently;     /* atomic: callers read: make small transfers */
     unsigned compact_commands;  /* under way */
     unsigned compact_held;   /* pages that they are at */
     uint64_t compact_turns;  /* pages that they have let go of */
@@ -519,6 +521,8 @@ int bale_compact_page(BaleStore *s, uint64_t page, BaleCompactGo *go,
 /* compact-run.c: on the maintenance thread, in a step; false: nothing done */
 bool bale_compact_background(BaleStore *s);
 bool bale_compact_for_space(BaleStore *s);
+/* Do callers read, so that transfers of a compaction have to be small? */
+bool bale_compact_gently(BaleStore *s);
 /* Under log_lock: bytes that the background would look at now. */
 uint64_t bale_compact_pending(BaleStore *s);
 

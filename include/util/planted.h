@@ -64,6 +64,7 @@ enum {
     BALE_PLANTED_full_while_paused,
     BALE_PLANTED_reserve_forgotten,
     BALE_PLANTED_copy_renumbered,
+    BALE_PLANTED_piece_forgotten,
     BALE_PLANTED_copy_unconditional,
     BALE_PLANTED_memory_unlimited,
     BALE_PLANTED_bitmap_not_marked,

@@ -764,9 +764,19 @@ static bool step_clone(World *w)
     return step_create(w, CLONE, number) && step_clone_write(w, number);
 }
 
+/* Between two of its windows: half of the compactions make way for readers. */
+static bool compact_progress(void *opaque, uint64_t done, uint64_t total)
+{
+    World *w = opaque;
+
+    __atomic_store_n(&w->store->compact_gently, w->next_value % 2,
+                     __ATOMIC_RELAXED);
+    return true;
+}
+
 static bool step_compact(World *w)
 {
-    BaleCompactOptions o = { .rate = 0 };
+    BaleCompactOptions o = { .progress = compact_progress, .opaque = w };
     g_autoptr(GError) err = NULL;
 
     return bale_store_compact(w->store, &o, &err);
