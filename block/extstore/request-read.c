@@ -48,6 +48,8 @@ struct BaleReadRun {
     BaleClusterOp *ops, **ops_tail;
     unsigned refs;       /* atomic: ops that still use buf */
     BaleReadRun *next;
+    bool gated;          /* a small read */
+    BaleGateItem gate;
 };
 
 static void op_read_start(BaleClusterOp *op, BaleReadRun **runs);
@@ -239,11 +241,27 @@ static void op_read_fetched(BaleClusterOp *op)
     bale_workers_push(s->workers, &op->work, BALE_WORK_URGENT);
 }
 
+static BaleGateLoad gate_load(BaleStore *s)
+{
+    return (BaleGateLoad){
+        .now_ns = bale_now_ns(),
+        .decoders = bale_workers_threads(s->workers),
+        .asked = __atomic_load_n(&s->reads_in_flight, __ATOMIC_RELAXED),
+    };
+}
+
 static void run_done(BaleDeviceIo *io, int ret)
 {
     BaleReadRun *run = (BaleReadRun *)((char *)io - offsetof(BaleReadRun, io));
+    BaleStore *s = run->store;
     BaleClusterOp *op = run->ops;
 
+    if (run->gated) {
+        BaleGateLoad load = gate_load(s);
+
+        /* The device first: it is to be busy while we decompress. */
+        bale_read_gate_leave(&s->read_gate, &load);
+    }
     while (op) {
         BaleClusterOp *next = op->run_next;
 
@@ -268,12 +286,19 @@ static void runs_submit(BaleStore *s, BaleReadRun *runs)
         s->dev->ops->plug(s->dev);
     }
     for (BaleReadRun *run = runs, *next; run; run = next) {
+        const BaleRequest *req = run->ops->req;
+
         next = run->next;
         run->io.offset = run->begin;
         run->io.len = run->end - run->begin;
         run->io.done = run_done;
         run->io.buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, run->io.len);
-        if (run->io.buf) {
+        run->gated = run->io.buf && req->kind == REQUEST_READ && req->n == 1;
+        if (run->gated) {
+            BaleGateLoad load = gate_load(s);
+
+            bale_read_gate_enter(&s->read_gate, &run->gate, &run->io, &load);
+        } else if (run->io.buf) {
             s->dev->ops->get(s->dev, &run->io);
         } else {
             run_done(&run->io, -ENOMEM);

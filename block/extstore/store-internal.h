@@ -37,6 +37,7 @@
 
 #include "extstore/store.h"
 #include "format.h"
+#include "read-gate-internal.h"
 #include "util/epoch.h"
 #include "util/histogram.h"
 #include "util/index.h"
@@ -263,6 +264,7 @@ struct BaleStore {
     BaleCache *cache;
     BaleWorkerContext inline_context; /* of who has set inline_busy */
     int inline_busy;         /* atomic bool */
+    BaleReadGate read_gate;
     bool was_clean;
     uint64_t recovered_records, torn_bytes, damaged_records;
 

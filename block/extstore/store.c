@@ -177,6 +177,7 @@ static void store_free(BaleStore *s)
     bale_memory_free(s->inline_context.cluster);
     bale_epoch_free(s->epoch);
     bale_log_destroy(s);
+    bale_read_gate_destroy(&s->read_gate);
     g_array_free(s->checkpoint, TRUE);
     g_array_free(s->previous, TRUE);
     pthread_rwlock_destroy(&s->session_lock);
@@ -219,6 +220,7 @@ static BaleStore *store_new(BaleDevice *dev, const BaleSuper *super,
     s->checkpoint_time_us = g_get_monotonic_time();
     pthread_rwlock_init(&s->session_lock, NULL);
     bale_log_init(s);
+    bale_read_gate_init(&s->read_gate, dev);
     bale_page_set_max_size(s, super->max_size);
     return s;
 }
