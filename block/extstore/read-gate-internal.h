@@ -46,7 +46,9 @@ void bale_read_gate_destroy(BaleReadGate *gate);
 
 /*
  * Give @io, which is complete but for the device's own part, to the device,
- * now or when others have left.  Both are the gate's until @io is done.
+ * now or when others have left.  Both are the gate's until @io is done.  The
+ * gate is used after that: so the caller of this and of _leave() is a worker,
+ * or has a request under way that keeps the store.
  */
 void bale_read_gate_enter(BaleReadGate *gate, BaleGateItem *item,
                           BaleDeviceIo *io, const BaleGateLoad *load);

@@ -202,96 +202,138 @@ static void test_completes_at_once(void)
 
 /* --- threads --- */
 
-#define THREADS 4
-#define THREAD_READS 3000
+#define THREADS 4u
+#define THREAD_DEPTH 4u
+#define THREAD_READS 3000u
+
+/* GLib's queues will not do: ThreadSanitizer does not know their locks. */
+typedef struct Channel {
+    pthread_mutex_t lock;
+    pthread_cond_t filled;
+    GQueue items; /* under the lock */
+} Channel;
 
 typedef struct Threaded {
     BaleDevice dev;
     BaleReadGate gate;
-    GAsyncQueue *queue;
-    unsigned under_way; /* atomic */
+    Channel queue; /* what the device has */
 } Threaded;
 
 typedef struct ThreadedRead {
     BaleDeviceIo io;
     BaleGateItem item;
-    GAsyncQueue *done;
+    Channel *done;
 } ThreadedRead;
 
-static BaleGateLoad threaded_load(Threaded *t)
+static void channel_init(Channel *c)
+{
+    pthread_mutex_init(&c->lock, NULL);
+    pthread_cond_init(&c->filled, NULL);
+    g_queue_init(&c->items);
+}
+
+static void channel_destroy(Channel *c)
+{
+    g_assert_cmpuint(c->items.length, ==, 0);
+    pthread_mutex_destroy(&c->lock);
+    pthread_cond_destroy(&c->filled);
+}
+
+static void channel_put(Channel *c, void *item)
+{
+    pthread_mutex_lock(&c->lock);
+    g_queue_push_tail(&c->items, item);
+    pthread_cond_signal(&c->filled);
+    pthread_mutex_unlock(&c->lock);
+}
+
+static void *channel_take(Channel *c)
+{
+    void *item;
+
+    pthread_mutex_lock(&c->lock);
+    while (!(item = g_queue_pop_head(&c->items))) {
+        pthread_cond_wait(&c->filled, &c->lock);
+    }
+    pthread_mutex_unlock(&c->lock);
+    return item;
+}
+
+static BaleGateLoad threaded_load(void)
 {
     return (BaleGateLoad){
         .now_ns = g_get_monotonic_time() * 1000,
         .decoders = 1,
-        .asked = __atomic_load_n(&t->under_way, __ATOMIC_RELAXED),
+        .asked = THREADS * THREAD_DEPTH,
     };
 }
 
 static void threaded_get(BaleDevice *dev, BaleDeviceIo *io)
 {
-    g_async_queue_push(((Threaded *)dev)->queue, io);
+    channel_put(&((Threaded *)dev)->queue, io);
 }
 
-/* Ends with a read without a queue for its completion. */
-static gpointer threaded_device(gpointer opaque)
+/* Ends with a read without a channel for its completion. */
+static void *threaded_device(void *opaque)
 {
     Threaded *t = opaque;
     ThreadedRead *read;
 
-    while ((read = g_async_queue_pop(t->queue))->done) {
-        BaleGateLoad load = threaded_load(t);
+    while ((read = channel_take(&t->queue))->done) {
+        BaleGateLoad load = threaded_load();
 
         bale_read_gate_leave(&t->gate, &load);
-        g_async_queue_push(read->done, read);
+        channel_put(read->done, read);
     }
     return NULL;
 }
 
-static gpointer threaded_caller(gpointer opaque)
+static void *threaded_caller(void *opaque)
 {
     Threaded *t = opaque;
-    ThreadedRead reads[4];
-    g_autoptr(GAsyncQueue) done = g_async_queue_new();
+    ThreadedRead reads[THREAD_DEPTH];
+    Channel done;
 
-    for (unsigned i = 0; i < G_N_ELEMENTS(reads); i++) {
-        reads[i].done = done;
-        g_async_queue_push(done, &reads[i]);
+    channel_init(&done);
+    for (unsigned i = 0; i < THREAD_DEPTH; i++) {
+        reads[i].done = &done;
+        channel_put(&done, &reads[i]);
     }
     for (unsigned i = 0; i < THREAD_READS; i++) {
-        ThreadedRead *read = g_async_queue_pop(done);
-        BaleGateLoad load = threaded_load(t);
+        ThreadedRead *read = channel_take(&done);
+        BaleGateLoad load = threaded_load();
 
-        __atomic_fetch_add(&t->under_way, 1, __ATOMIC_RELAXED);
         bale_read_gate_enter(&t->gate, &read->item, &read->io, &load);
-        __atomic_fetch_sub(&t->under_way, 1, __ATOMIC_RELAXED);
     }
-    for (unsigned i = 0; i < G_N_ELEMENTS(reads); i++) {
-        g_async_queue_pop(done);
+    for (unsigned i = 0; i < THREAD_DEPTH; i++) {
+        channel_take(&done);
     }
+    channel_destroy(&done);
     return NULL;
 }
 
 static void test_threads(void)
 {
     static const BaleDeviceOps ops = { .get = threaded_get };
-    Threaded t = { .dev.ops = &ops, .queue = g_async_queue_new() };
+    Threaded t = { .dev.ops = &ops };
     ThreadedRead last = { .done = NULL };
-    GThread *device, *callers[THREADS];
+    pthread_t device, callers[THREADS];
 
+    channel_init(&t.queue);
     bale_read_gate_init(&t.gate, &t.dev);
     t.gate.closed = true; /* so that reads wait */
     t.gate.left = 1000;
-    device = g_thread_new("device", threaded_device, &t);
+    pthread_create(&device, NULL, threaded_device, &t);
     for (unsigned i = 0; i < THREADS; i++) {
-        callers[i] = g_thread_new("caller", threaded_caller, &t);
+        pthread_create(&callers[i], NULL, threaded_caller, &t);
     }
     for (unsigned i = 0; i < THREADS; i++) {
-        g_thread_join(callers[i]);
+        pthread_join(callers[i], NULL);
     }
-    g_async_queue_push(t.queue, &last);
-    g_thread_join(device);
+    channel_put(&t.queue, &last);
+    pthread_join(device, NULL);
     bale_read_gate_destroy(&t.gate);
-    g_async_queue_unref(t.queue);
+    channel_destroy(&t.queue);
 }
 
 int main(int argc, char **argv)
