@@ -92,41 +92,57 @@ static void drain(Fixture *f)
     bale_read_gate_destroy(&f->gate);
 }
 
-/* What takes a millisecond, however many there are, is not to be limited. */
+static void enter_some(Fixture *f, unsigned n)
+{
+    fixture_init(f);
+    for (unsigned i = 0; i < n; i++) {
+        enter(f, &f->reads[i]);
+    }
+}
+
+/* One that needs the same time however many reads it has. */
+static uint64_t parallel_ns(unsigned reads)
+{
+    return 1000000;
+}
+
+/* One that becomes slower with each, beyond some. */
+static uint64_t crowded_ns(unsigned reads)
+{
+    return (reads > READS / 2 ? 40000 : 30000) * reads;
+}
+
+/* Rounds on such a device; in how many there was a limit. */
+static unsigned rounds_on(Fixture *f, uint64_t device_ns(unsigned reads))
+{
+    unsigned limited = 0;
+
+    for (unsigned i = 0; i < ROUNDS; i++) {
+        limited += f->inside < READS;
+        round_of_all(f, device_ns(f->inside));
+    }
+    return limited;
+}
+
+/* It is tried to limit the reads, but not for long. */
 static void test_parallel_device(void)
 {
     Fixture f;
-    unsigned limited = 0;
+    unsigned limited;
 
-    fixture_init(&f);
-    for (unsigned i = 0; i < READS; i++) {
-        enter(&f, &f.reads[i]);
-    }
-    for (unsigned i = 0; i < ROUNDS; i++) {
-        limited += f.inside < READS;
-        round_of_all(&f, 1000000);
-    }
-    g_assert_cmpuint(limited, >, 0); /* it was tried */
+    enter_some(&f, READS);
+    limited = rounds_on(&f, parallel_ns);
+    g_assert_cmpuint(limited, >, 0);
     g_assert_cmpuint(limited, <, ROUNDS / 8);
     drain(&f);
 }
 
-/* What is the slower the more there are is given half of them. */
 static void test_crowded_device(void)
 {
     Fixture f;
-    unsigned limited = 0;
 
-    fixture_init(&f);
-    for (unsigned i = 0; i < READS; i++) {
-        enter(&f, &f.reads[i]);
-    }
-    for (unsigned i = 0; i < ROUNDS; i++) {
-        limited += f.inside <= READS / 2;
-        round_of_all(&f, f.inside > READS / 2 ? 40000 * f.inside
-                                              : 30000 * f.inside);
-    }
-    g_assert_cmpuint(limited, >, ROUNDS - ROUNDS / 8);
+    enter_some(&f, READS);
+    g_assert_cmpuint(rounds_on(&f, crowded_ns), >, ROUNDS - ROUNDS / 8);
     drain(&f);
 }
 
@@ -134,21 +150,11 @@ static void test_crowded_device(void)
 static void test_changing_device(void)
 {
     Fixture f;
-    unsigned limited = 0;
 
-    fixture_init(&f);
-    for (unsigned i = 0; i < READS; i++) {
-        enter(&f, &f.reads[i]);
-    }
-    for (unsigned i = 0; i < ROUNDS; i++) {
-        round_of_all(&f, f.inside > READS / 2 ? 40000 * f.inside
-                                              : 30000 * f.inside);
-    }
-    for (unsigned i = 0; i < ROUNDS; i++) {
-        limited += f.inside < READS;
-        round_of_all(&f, 1000000);
-    }
-    g_assert_cmpuint(limited, <, ROUNDS / 4);
+    enter_some(&f, READS);
+    rounds_on(&f, crowded_ns);
+    g_assert_cmpuint(rounds_on(&f, parallel_ns), <, ROUNDS / 4);
+    g_assert_cmpuint(rounds_on(&f, crowded_ns), >, ROUNDS / 2);
     drain(&f);
 }
 
@@ -157,10 +163,7 @@ static void test_few_reads(void)
 {
     Fixture f;
 
-    fixture_init(&f);
-    for (unsigned i = 0; i < 8; i++) {
-        enter(&f, &f.reads[i]);
-    }
+    enter_some(&f, 8);
     for (unsigned i = 0; i < ROUNDS; i++) {
         g_assert_cmpuint(f.inside, ==, 8);
         round_of_all(&f, 40000);
@@ -183,10 +186,7 @@ static void test_completes_at_once(void)
     static const BaleDeviceOps ops = { .get = at_once_get };
     Fixture f;
 
-    fixture_init(&f);
-    for (unsigned i = 0; i < READS; i++) {
-        enter(&f, &f.reads[i]);
-    }
+    enter_some(&f, READS);
     f.gate.closed = true;
     for (unsigned i = 0; i < ROUNDS && f.inside == READS; i++) {
         round_of_all(&f, 1000000);
