@@ -103,7 +103,9 @@ def scale(args, work, results):
     for tail in args.tails:
         if tail <= args.clusters:
             step('kill', large, tail)
-            opened = step('open', large)
+            opened = [step('open', large, 1) for _ in range(args.rounds)]
+            opened.sort(key=lambda o: o['open_s'])
+            opened = opened[len(opened) // 2]
             opened['tail'] = tail
             out['open_killed'].append(opened)
             step('random', large, 1) # and close: the next tail is its own
