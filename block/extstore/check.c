@@ -320,6 +320,7 @@ static bool check_counters(Check *c, GError **errp)
                                    check_count_patch, &count);
     }
     pthread_mutex_lock(&s->log_lock);
+    bale_log_fold(s);
     c->result->end_offset = BALE_SUPER_SIZE;
     for (uint64_t i = 0; i < n; i++) {
         BalePage *p = bale_page(s, i);

@@ -553,7 +553,9 @@ static int writer_pages_and_root(CheckpointWriter *w, BalePart *root_part)
         g_array_append_val(w->parts, part);
     }
 
-    root.next_seq = w->table ? w->mark.next_seq : s->next_seq;
+    pthread_mutex_lock(&s->log_lock);
+    root.next_seq = w->table ? w->mark.next_seq : bale_log_next_seq(s);
+    pthread_mutex_unlock(&s->log_lock);
     root.pages = pages;
     root.parts = w->parts->len;
     bale_root_encode(&root, buf);
@@ -680,9 +682,9 @@ static void writer_settle(CheckpointWriter *w)
     s->stats.checkpoint_bytes += w->bytes;
     s->stats.checkpoint_kept_bytes += w->kept_bytes;
     s->stats.checkpoint_ns += (now_us - w->start_us) * 1000;
-    s->checkpoint_base = w->table ? w->mark.appended : s->appended;
+    bale_maintain_checkpointed(s, w->table ? &w->mark : NULL);
     s->checkpoint_size = w->bytes + w->kept_bytes;
-    s->checkpoint_cost = w->bytes;
+    __atomic_store_n(&s->checkpoint_cost, w->bytes, __ATOMIC_RELAXED);
     s->checkpoint_time_us = now_us;
     pthread_mutex_unlock(&s->log_lock);
 }
@@ -744,7 +746,9 @@ bool bale_checkpoint_write(BaleStore *s, GError **errp)
     }
 
     writer_name(&w, &root);
-    s->super.next_seq = s->next_seq;
+    pthread_mutex_lock(&s->log_lock);
+    s->super.next_seq = bale_log_next_seq(s);
+    pthread_mutex_unlock(&s->log_lock);
     s->super.device_end = checkpoint_trim(s);
     s->super.state |= BALE_STATE_CLEAN;
     if (BALE_PLANTED(cut_early) && s->dev->ops->truncate) {

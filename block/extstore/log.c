@@ -16,18 +16,22 @@
  *     <= sealed_end <= tail (bale_log_assert_regions).
  *  2. A buffer is written to the device exactly once, after it was sealed and
  *     when nobody copies into it any more; a block that was submitted is never
- *     written again.
+ *     written again.  Whoever brings `copying` to 0, sealing the buffer or by
+ *     the last append to it, submits it.
  *  3. A flush request completes after every buffer that was sealed when it was
  *     submitted is stable and a device flush, issued after that, succeeded.
  *  4. A barrier is only written for what a completed device flush covers.
  *  5. Sequence numbers grow in the order of the records in a page, but for
- *     copies.
+ *     copies; and nobody gets one that is lower than what somebody had before.
+ *     While a buffer of fresh data is open they come from its room.
  *
  * A failed device write or flush poisons the store.  Its buffer is kept, so
  * that reads still find what was acknowledged.
  *
- * Threads: any.  log_lock guards everything but the bytes that an append has
- * reserved for itself; appends copy and checksum in parallel.
+ * Threads: any.  Fresh data is appended without a lock as long as the open
+ * buffer has room (log-internal.h); appends copy and checksum in parallel.
+ * log_lock guards everything else: opening and sealing buffers, the other
+ * buckets, the pages.
  *
  * The names and the shape of pages and write buffers follow memcached's
  * extstore, regions and their boundaries follow FASTER's hybrid log.
@@ -39,6 +43,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "log-internal.h"
 #include "util/checksum.h"
 #include "util/memory.h"
 #include "util/planted.h"
@@ -50,6 +55,13 @@
 
 /* Copies are written in pieces of so many bytes while callers read. */
 #define COPY_PIECE (64u << 10)
+
+G_STATIC_ASSERT(WRITE_BUFFERS_MAX <= BALE_ROOM_BUFFERS_MAX);
+/* A buffer is twice as long if clusters need it. */
+G_STATIC_ASSERT(2 * WRITE_BUFFER_SIZE / BALE_RECORD_ALIGN <
+                1u << BALE_ROOM_UNITS_BITS);
+G_STATIC_ASSERT(2 * WRITE_BUFFER_SIZE / BALE_RECORD_HEADER_LEN <
+                1u << BALE_ROOM_RECORDS_BITS);
 
 /* A segment that is on the device but not yet proven by a flush. */
 typedef struct UnprovenEnd {
@@ -82,25 +94,30 @@ static void log_flushed(BaleDeviceIo *io, int ret);
 /* Bytes of a segment with @used bytes of records and @records of them. */
 static uint64_t segment_len(uint64_t used, uint64_t records)
 {
-    uint64_t directory =
-        bale_align_up(BALE_RECORD_HEADER_LEN +
-                          records * BALE_DIRECTORY_ENTRY_LEN,
-                      BALE_RECORD_ALIGN);
-
-    return bale_align_up(used + directory, BALE_BLOCK_SIZE);
+    return bale_align_up(used + bale_room_directory(records),
+                         BALE_BLOCK_SIZE);
 }
 
 /* Bytes of a sealed segment that hold nothing. */
 static uint64_t segment_padding(BaleWriteBuffer *wb)
 {
     return wb->len - wb->used - BALE_RECORD_HEADER_LEN -
-           (uint64_t)wb->directory->len * BALE_DIRECTORY_ENTRY_LEN;
+           (uint64_t)wb->records * BALE_DIRECTORY_ENTRY_LEN;
 }
 
-static bool buffer_fits(BaleWriteBuffer *wb, uint32_t size)
+/* Of the open buffer of a bucket; it may have less already. */
+static BaleRoom open_room(BaleStore *s, int bucket)
 {
-    return segment_len((uint64_t)wb->used + size, wb->directory->len + 1) <=
-           wb->limit;
+    return bale_room_decode(__atomic_load_n(&s->room[bucket],
+                                            __ATOMIC_ACQUIRE));
+}
+
+/* Bytes of @wb that were given out to records. */
+static uint32_t buffer_used(BaleStore *s, BaleWriteBuffer *wb)
+{
+    return s->open[wb->bucket] == wb
+               ? wb->limit - open_room(s, wb->bucket).bytes
+               : wb->used;
 }
 
 static uint64_t log_seed(BaleStore *s, BaleWriteBuffer *wb, uint32_t at)
@@ -127,10 +144,36 @@ static void buffer_put_record(BaleWriteBuffer *wb, BaleRecord *r, uint32_t at)
     memset(wb->buf + at + end, 0, bale_record_size(r) - end);
 }
 
+/*
+ * Repeat the headers of @wb's records, as the entries of its directory, at @p;
+ * the sequence number of the last one.
+ */
+static uint64_t buffer_put_entries(BaleWriteBuffer *wb, uint8_t *p)
+{
+    BaleStore *s = wb->store;
+    uint64_t seq = wb->last_seq;
+    uint32_t at = wb->first;
+
+    for (uint32_t i = 0; i < wb->records; i++) {
+        BaleDirectoryEntry entry = { .offset = wb->offset + at };
+        int ret = bale_record_decode(&entry.record, log_seed(s, wb, at),
+                                     s->cluster_size, wb->buf + at,
+                                     wb->used - at);
+
+        g_assert(ret == 0);
+        bale_directory_entry_encode(&entry, p);
+        p += BALE_DIRECTORY_ENTRY_LEN;
+        at += bale_record_size(&entry.record);
+        seq = entry.record.seq;
+    }
+    g_assert(at == wb->used);
+    return seq;
+}
+
 /* Close the segment in @wb; nobody else uses the buffer's bytes now. */
 static void buffer_finish(BaleWriteBuffer *wb)
 {
-    uint32_t n = wb->directory->len;
+    uint32_t n = wb->records;
     BaleRecord r = {
         .type = BALE_RECORD_DIRECTORY,
         .header_len = BALE_RECORD_HEADER_LEN,
@@ -138,17 +181,11 @@ static void buffer_finish(BaleWriteBuffer *wb)
     };
     /* At the very end, away from the headers that it repeats. */
     uint32_t at = wb->len - bale_record_size(&r);
-    uint8_t *p = wb->buf + at + BALE_RECORD_HEADER_LEN;
     BaleSegment segment;
 
-    g_assert(wb->writers == 0 && at >= wb->used);
+    g_assert(at >= wb->used);
     memset(wb->buf + wb->used, 0, at - wb->used);
-    r.seq = wb->last_seq;
-    for (uint32_t i = 0; i < n; i++) {
-        bale_directory_entry_encode(
-            &g_array_index(wb->directory, BaleDirectoryEntry, i), p);
-        p += BALE_DIRECTORY_ENTRY_LEN;
-    }
+    r.seq = buffer_put_entries(wb, wb->buf + at + BALE_RECORD_HEADER_LEN);
     buffer_put_record(wb, &r, at);
 
     segment.segment_len = wb->len - wb->segment;
@@ -185,7 +222,7 @@ static BaleWriteBuffer *buffer_get(BaleStore *s)
     }
     wb->store = s;
     wb->page = PAGE_NONE;
-    wb->directory = g_array_new(FALSE, FALSE, sizeof(BaleDirectoryEntry));
+    wb->number = s->buffers->len;
     g_ptr_array_add(s->buffers, wb);
     return wb;
 }
@@ -198,6 +235,7 @@ static void buffer_recycle(BaleWriteBuffer *wb)
     if (wb->pins || wb->id > 0 || wb->failed || wb->len == 0) {
         return;
     }
+    g_assert(wb->copying == 0 && wb->live == 0);
     wb->page = PAGE_NONE;
     wb->len = 0;
     wb->next = s->free_buffers;
@@ -216,6 +254,7 @@ static void buffer_open(BaleStore *s, BaleWriteBuffer *wb, BaleBucket bucket)
 {
     uint64_t page = s->active[bucket];
     BalePage *p = bale_page(s, page);
+    BaleRoom room = { .records = 0 };
 
     wb->page = page;
     wb->version = p->version;
@@ -226,10 +265,9 @@ static void buffer_open(BaleStore *s, BaleWriteBuffer *wb, BaleBucket bucket)
                                                     BALE_BLOCK_SIZE) - p->end);
     wb->len = 0;
     wb->id = 0;
-    wb->writers = 0;
     wb->pins = 0;
     wb->stable = false;
-    g_array_set_size(wb->directory, 0);
+    wb->seq = s->next_seq;
 
     wb->barriers = 0;
     while (s->barrier_pages->len && wb->barriers < BALE_BARRIERS_MAX &&
@@ -250,23 +288,70 @@ static void buffer_open(BaleStore *s, BaleWriteBuffer *wb, BaleBucket bucket)
     if (s->barrier_pages->len == 0) {
         bale_page_barriers_appended(s);
     }
-    wb->used = wb->segment + bale_align_up(
+    wb->first = wb->segment + bale_align_up(
         BALE_RECORD_HEADER_LEN + bale_segment_payload_len(wb->barriers),
         BALE_RECORD_ALIGN);
     p->in_flight++;
-    s->open[bucket] = wb;
-
     if (p->end == 0) {
         BalePageHeader h = { bucket, page, p->version, p->first_seq };
 
         bale_page_header_encode(&h, s->identity, wb->buf);
     }
+    s->open[bucket] = wb;
+    room.buffer = wb->number;
+    room.bytes = wb->limit - wb->first;
+    /* From here on others append to it. */
+    __atomic_store_n(&s->room[bucket], bale_room_encode(room),
+                     __ATOMIC_RELEASE);
+}
+
+/* Let the page count what its records in @wb hold of it.  Under log_lock. */
+static void buffer_fold(BaleWriteBuffer *wb)
+{
+    bale_page(wb->store, wb->page)->live_bytes +=
+        __atomic_exchange_n(&wb->live, 0, __ATOMIC_RELAXED);
+}
+
+void bale_log_fold(BaleStore *s)
+{
+    for (guint i = 0; i < s->buffers->len; i++) {
+        BaleWriteBuffer *wb = g_ptr_array_index(s->buffers, i);
+
+        if (wb->page != PAGE_NONE) {
+            buffer_fold(wb);
+        }
+    }
+}
+
+uint64_t bale_log_next_seq(BaleStore *s)
+{
+    BaleWriteBuffer *wb = s->open[BALE_BUCKET_FRESH];
+
+    return wb ? wb->seq + open_room(s, BALE_BUCKET_FRESH).numbers
+              : s->next_seq;
 }
 
 static void submit_push(BaleWriteBuffer **list, BaleWriteBuffer *wb)
 {
     wb->next = *list;
     *list = wb;
+}
+
+static void buffer_seal(BaleStore *s, BaleBucket bucket, bool flush,
+                        BaleWriteBuffer **submit);
+
+/* The next sequence number, for who appends under log_lock. */
+static uint64_t log_number(BaleStore *s, BaleWriteBuffer **submit)
+{
+    BaleRoom before;
+
+    if (s->open[BALE_BUCKET_FRESH] && !BALE_PLANTED(numbers_not_shared)) {
+        if (bale_room_take(&s->room[BALE_BUCKET_FRESH], 0, 0, 1, &before)) {
+            return s->open[BALE_BUCKET_FRESH]->seq + before.numbers;
+        }
+        buffer_seal(s, BALE_BUCKET_FRESH, false, submit);
+    }
+    return s->next_seq++;
 }
 
 /*
@@ -277,21 +362,28 @@ static void buffer_seal(BaleStore *s, BaleBucket bucket, bool flush,
                         BaleWriteBuffer **submit)
 {
     BaleWriteBuffer *wb = s->open[bucket];
+    BaleRoom room;
     BalePage *p;
 
     if (!wb) {
         return;
     }
-    wb->len = segment_len(wb->used, wb->directory->len);
-    wb->last_seq = wb->directory->len
-                       ? g_array_index(wb->directory, BaleDirectoryEntry,
-                                       wb->directory->len - 1).record.seq
-                       : s->next_seq++;
+    /* From here on nobody else reserves anything in it. */
+    room = bale_room_decode(__atomic_exchange_n(&s->room[bucket], 0,
+                                                __ATOMIC_ACQ_REL));
+    s->open[bucket] = NULL;
+    if (bucket == BALE_BUCKET_FRESH) {
+        s->next_seq = wb->seq + room.numbers;
+    }
+    wb->records = room.records;
+    wb->used = wb->limit - room.bytes;
+    wb->len = segment_len(wb->used, wb->records);
+    wb->last_seq = wb->records ? 0 : log_number(s, submit);
     g_assert(wb->len <= wb->limit);
     wb->id = ++s->sealed_id;
     g_queue_push_tail(&s->in_flight, wb);
-    s->open[bucket] = NULL;
 
+    buffer_fold(wb);
     p = bale_page(s, wb->page);
     p->end = wb->offset + wb->len;
     g_assert(p->end <= s->page_size);
@@ -302,7 +394,8 @@ static void buffer_seal(BaleStore *s, BaleBucket bucket, bool flush,
     s->sealed_end += wb->len;
     bale_log_assert_regions(s);
     bale_ahead_sealed(s, wb, flush);
-    if (wb->writers == 0) {
+    if (__atomic_add_fetch(&wb->copying, (int32_t)wb->records,
+                           __ATOMIC_ACQ_REL) == 0) {
         submit_push(submit, wb);
     }
 }
@@ -333,7 +426,7 @@ uint64_t bale_log_tail(BaleStore *s)
 
     for (int b = 0; b < BALE_BUCKETS; b++) {
         if (s->open[b]) {
-            tail += s->open[b]->used;
+            tail += buffer_used(s, s->open[b]);
         }
     }
     return tail;
@@ -491,6 +584,7 @@ static void log_stored(BaleDeviceIo *io, int ret)
     bool flush;
 
     pthread_mutex_lock(&s->log_lock);
+    buffer_fold(wb);
     if (ret < 0 && !BALE_PLANTED(write_error_ignored)) {
         BaleFlushWaiter *waiters;
         bool first;
@@ -701,7 +795,7 @@ static int log_open_buffer(BaleStore *s, BaleBucket bucket, uint32_t size,
         if (store_failed(s)) {
             return -EIO;
         }
-        if (wb && buffer_fits(wb, size)) {
+        if (wb && bale_room_fits(open_room(s, bucket), size)) {
             return 0;
         }
         if (wb) {
@@ -759,15 +853,65 @@ static int log_open_buffer(BaleStore *s, BaleBucket bucket, uint32_t size,
     }
 }
 
+/*
+ * Reserve room for @r, of @size bytes, at *@at of the buffer that is returned,
+ * if there is an open one and it has that much.
+ */
+static BaleWriteBuffer *log_reserve(BaleStore *s, BaleBucket bucket,
+                                    BaleRecord *r, uint32_t size, uint32_t *at)
+{
+    bool number = bucket == BALE_BUCKET_FRESH && r->seq == 0;
+    BaleWriteBuffer *wb;
+    BaleRoom before;
+
+    if (!bale_room_take(&s->room[bucket], 1, size, number, &before)) {
+        return NULL;
+    }
+    wb = g_ptr_array_index(s->buffers, before.buffer);
+    *at = wb->limit - before.bytes;
+    if (number) {
+        r->seq = wb->seq + before.numbers;
+    }
+    return wb;
+}
+
+/* The same, after a buffer was opened if need be. */
+static int log_reserve_locked(BaleStore *s, BaleBucket bucket, BaleRecord *r,
+                              uint32_t size, bool may_wait,
+                              BaleWriteBuffer **submit, BaleWriteBuffer **wb,
+                              uint32_t *at)
+{
+    BalePage *p;
+    int ret;
+
+    do {
+        ret = log_open_buffer(s, bucket, size, may_wait, submit);
+        if (ret < 0) {
+            return ret;
+        }
+        /* Somebody may have been quicker. */
+        *wb = log_reserve(s, bucket, r, size, at);
+    } while (!*wb);
+
+    if (r->seq == 0) {
+        r->seq = log_number(s, submit);
+    }
+    p = bale_page(s, (*wb)->page);
+    if (r->type == BALE_RECORD_DROP) {
+        p->tombstone_seq = MAX(p->tombstone_seq, r->seq);
+        p->overhead += size;
+    }
+    p->first_seq = MIN(p->first_seq, r->seq);
+    return 0;
+}
+
 static int log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
                       const void *payload, uint64_t live, bool may_wait,
                       uint64_t *address)
 {
-    BaleWriteBuffer *submit = NULL, *wb;
-    BaleDirectoryEntry entry;
-    BalePage *p;
+    BaleWriteBuffer *submit = NULL, *wb = NULL;
     uint32_t at, size;
-    int ret;
+    int ret = 0;
 
     r->header_len = BALE_RECORD_HEADER_LEN;
     size = bale_record_size(r);
@@ -776,50 +920,37 @@ static int log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
         return -EFBIG;
     }
 
-    pthread_mutex_lock(&s->log_lock);
-    ret = log_open_buffer(s, bucket, size, may_wait, &submit);
-    if (ret < 0) {
+    /* What only adds to the page needs no lock. */
+    if (bucket == BALE_BUCKET_FRESH && r->seq == 0 &&
+        r->type != BALE_RECORD_DROP && !store_failed(s)) {
+        wb = log_reserve(s, bucket, r, size, &at);
+    }
+    if (!wb) {
+        pthread_mutex_lock(&s->log_lock);
+        ret = log_reserve_locked(s, bucket, r, size, may_wait, &submit, &wb,
+                                 &at);
         pthread_mutex_unlock(&s->log_lock);
+    }
+    if (ret < 0) {
         log_submit(s, submit);
         return ret;
     }
-    wb = s->open[bucket];
-    p = bale_page(s, wb->page);
-    at = wb->used;
-    wb->used += size;
-    wb->writers++;
-    if (r->seq == 0) {
-        r->seq = s->next_seq++;
-    }
-    if (r->type == BALE_RECORD_DROP) {
-        p->tombstone_seq = MAX(p->tombstone_seq, r->seq);
-        p->overhead += size;
-    }
-    p->live_bytes += live;
-    p->first_seq = MIN(p->first_seq, r->seq);
-    entry.record = *r;
-    entry.offset = wb->offset + at;
-    g_array_append_val(wb->directory, entry);
-    s->stats.records_appended++;
-    if (bucket != BALE_BUCKET_META) {
-        bale_maintain_appended(s, size, r);
-    }
-    pthread_mutex_unlock(&s->log_lock);
 
-    *address = page_address(s, wb->page) + entry.offset;
+    *address = page_address(s, wb->page) + wb->offset + at;
+    __atomic_fetch_add(&wb->live, live, __ATOMIC_RELAXED);
     if (r->payload_len) {
         memcpy(wb->buf + at + BALE_RECORD_HEADER_LEN, payload,
                r->payload_len);
     }
     buffer_put_record(wb, r, at);
-
-    pthread_mutex_lock(&s->log_lock);
-    wb->writers--;
-    if (wb->id && wb->writers == 0) {
+    stat_add(&s->stats.records_appended, 1);
+    if (__atomic_sub_fetch(&wb->copying, 1, __ATOMIC_ACQ_REL) == 0) {
         submit_push(&submit, wb);
     }
-    pthread_mutex_unlock(&s->log_lock);
     log_submit(s, submit);
+    if (bucket != BALE_BUCKET_META) {
+        bale_maintain_appended(s, size, r);
+    }
     return 0;
 }
 
@@ -916,7 +1047,8 @@ static bool log_has_room(BaleStore *s, BaleBucket bucket, uint64_t need)
     }
     p = bale_page(s, s->active[bucket]);
     return page_room_end(s, s->active[bucket]) >=
-           need + (wb ? wb->offset + segment_len(wb->used, wb->directory->len)
+           need + (wb ? wb->offset + segment_len(buffer_used(s, wb),
+                                                 open_room(s, bucket).records)
                       : MAX(p->end, BALE_BLOCK_SIZE));
 }
 
@@ -934,9 +1066,14 @@ int bale_log_append_barriers(BaleStore *s)
          * A page for fresh data may be waited for, by somebody who waits for
          * us; for the others nobody waits.
          */
-        wb = log_has_room(s, BALE_BUCKET_FRESH, need) ? buffer_get(s) : NULL;
-        if (wb) {
+        wb = NULL;
+        if (log_has_room(s, BALE_BUCKET_FRESH, need)) {
             buffer_seal(s, BALE_BUCKET_FRESH, false, &submit);
+            /* Others append until it is sealed, so look again. */
+            wb = log_has_room(s, BALE_BUCKET_FRESH, need) ? buffer_get(s)
+                                                          : NULL;
+        }
+        if (wb) {
             buffer_open(s, wb, BALE_BUCKET_FRESH);
         } else {
             buffer_seal(s, BALE_BUCKET_COMPACTED, false, &submit);
@@ -986,13 +1123,38 @@ void bale_log_seal_page(BaleStore *s, BaleBucket bucket)
 static _Thread_local unsigned log_phase;
 static _Thread_local bool log_inside;
 
+/* One less in @phase; whoever waits for an old one to be empty looks again. */
+static void phase_leave(BaleStore *s, unsigned phase)
+{
+    unsigned left = __atomic_sub_fetch(&s->appending[phase], 1,
+                                       __ATOMIC_SEQ_CST);
+
+    if (left == 0 &&
+        phase != __atomic_load_n(&s->append_phase, __ATOMIC_SEQ_CST)) {
+        pthread_mutex_lock(&s->log_lock);
+        pthread_cond_broadcast(&s->log_cond);
+        pthread_mutex_unlock(&s->log_lock);
+    }
+}
+
 void bale_log_enter(BaleStore *s)
 {
-    pthread_mutex_lock(&s->log_lock);
-    log_phase = s->append_phase;
-    s->appending[log_phase]++;
+    unsigned phase = __atomic_load_n(&s->append_phase, __ATOMIC_SEQ_CST);
+
+    for (;;) {
+        unsigned now;
+
+        __atomic_add_fetch(&s->appending[phase], 1, __ATOMIC_SEQ_CST);
+        /* If a mark was set before we were counted, it is not our phase. */
+        now = __atomic_load_n(&s->append_phase, __ATOMIC_SEQ_CST);
+        if (now == phase) {
+            break;
+        }
+        phase_leave(s, phase);
+        phase = now;
+    }
+    log_phase = phase;
     log_inside = true;
-    pthread_mutex_unlock(&s->log_lock);
 }
 
 bool bale_log_inside(void)
@@ -1002,19 +1164,14 @@ bool bale_log_inside(void)
 
 void bale_log_leave(BaleStore *s)
 {
-    pthread_mutex_lock(&s->log_lock);
-    g_assert(s->appending[log_phase] > 0);
-    s->appending[log_phase]--;
     log_inside = false;
-    if (log_phase != s->append_phase) {
-        pthread_cond_broadcast(&s->log_cond);
-    }
-    pthread_mutex_unlock(&s->log_lock);
+    phase_leave(s, log_phase);
 }
 
 bool bale_log_old_phase(BaleStore *s)
 {
-    return s->appending[!s->append_phase] > 0;
+    return __atomic_load_n(&s->appending[!s->append_phase],
+                           __ATOMIC_SEQ_CST) > 0;
 }
 
 bool bale_log_mark(BaleStore *s, BalePageEntry *table, uint64_t pages,
@@ -1029,10 +1186,11 @@ bool bale_log_mark(BaleStore *s, BalePageEntry *table, uint64_t pages,
         for (int b = 0; b < BALE_BUCKETS; b++) {
             buffer_seal(s, b, false, &submit);
         }
-        s->append_phase = !s->append_phase;
+        __atomic_store_n(&s->append_phase, !s->append_phase,
+                         __ATOMIC_SEQ_CST);
         mark->next_seq = s->next_seq;
         mark->pages = s->pages->len;
-        mark->appended = s->appended;
+        mark->appended = __atomic_load_n(&s->appended, __ATOMIC_RELAXED);
         for (uint64_t i = 0; i < mark->pages; i++) {
             bale_page_entry(s, i, &table[i]);
         }
@@ -1053,13 +1211,14 @@ const uint8_t *bale_log_pin(BaleStore *s, uint64_t address,
     for (guint i = 0; i < s->buffers->len; i++) {
         BaleWriteBuffer *wb = g_ptr_array_index(s->buffers, i);
 
-        if (wb->page == page && offset >= wb->offset &&
-            offset < wb->offset + wb->used) {
+        uint64_t end = wb->page == page ? wb->offset + buffer_used(s, wb) : 0;
+
+        if (wb->page == page && offset >= wb->offset && offset < end) {
             /* The page must not begin another life while this is read. */
             bale_page(s, page)->readers++;
             wb->pins++;
             *pinned = wb;
-            *avail = wb->offset + wb->used - offset;
+            *avail = end - offset;
             return wb->buf + (offset - wb->offset);
         }
     }
@@ -1085,7 +1244,7 @@ void bale_log_init(BaleStore *s)
     s->free_pages = g_array_new(FALSE, FALSE, sizeof(uint64_t));
     s->barrier_pages = g_array_new(FALSE, FALSE, sizeof(uint64_t));
     s->dying_pages = g_array_new(FALSE, FALSE, sizeof(uint64_t));
-    s->buffers = g_ptr_array_new();
+    s->buffers = g_ptr_array_sized_new(WRITE_BUFFERS_MAX);
     g_queue_init(&s->in_flight);
     g_queue_init(&s->unproven);
     s->flush_waiters_tail = &s->flush_waiters;
@@ -1108,7 +1267,6 @@ void bale_log_destroy(BaleStore *s)
         BaleWriteBuffer *wb = g_ptr_array_index(s->buffers, i);
 
         bale_memory_free(wb->buf);
-        g_array_free(wb->directory, TRUE);
         g_free(wb);
     }
     g_ptr_array_free(s->buffers, TRUE);

@@ -229,42 +229,74 @@ static void maintain_flush(BaleStore *s)
     pthread_mutex_lock(&s->log_lock);
 }
 
-/* --- checkpoints; under log_lock --- */
+/* --- checkpoints --- */
+
+/* What was appended since the newest checkpoint began. */
+static uint64_t maintain_since(BaleStore *s)
+{
+    /*
+     * In this order, as both grow.  Whoever adds looks at the base afterwards,
+     * and the thread at the sum after it has set the base: so one of them sees
+     * that there is something new.
+     */
+    uint64_t base = __atomic_load_n(&s->checkpoint_base, __ATOMIC_SEQ_CST);
+
+    return __atomic_load_n(&s->appended, __ATOMIC_SEQ_CST) - base;
+}
 
 void bale_maintain_appended(BaleStore *s, uint32_t bytes,
                             const BaleRecord *r)
 {
     uint64_t limit = s->options.checkpoint_bytes;
-    bool first = s->appended == s->checkpoint_base;
+    uint64_t added = bytes, since;
 
-    s->appended += bytes;
     if (r->type == BALE_RECORD_ZERO) {
-        s->appended += (uint64_t)r->count * CHECKPOINT_ZERO_BYTES;
+        added += (uint64_t)r->count * CHECKPOINT_ZERO_BYTES;
     }
     if (!limit) {
-        limit = MAX(CHECKPOINT_BYTES, CHECKPOINT_SIZES * s->checkpoint_cost);
+        limit = MAX(CHECKPOINT_BYTES,
+                    CHECKPOINT_SIZES * __atomic_load_n(&s->checkpoint_cost,
+                                                       __ATOMIC_RELAXED));
     }
-    if (s->appended - s->checkpoint_base >= limit && !s->checkpoint_due) {
-        s->checkpoint_due = true;
-        first = true;
+    since = __atomic_add_fetch(&s->appended, added, __ATOMIC_SEQ_CST) -
+            __atomic_load_n(&s->checkpoint_base, __ATOMIC_SEQ_CST);
+    if (since > added &&
+        (since < limit ||
+         __atomic_load_n(&s->checkpoint_due, __ATOMIC_RELAXED))) {
+        return;
     }
-    if (first) {
-        pthread_cond_signal(&s->maintain_cond);
+    /* The first since the newest checkpoint, or one too many. */
+    pthread_mutex_lock(&s->log_lock);
+    if (maintain_since(s) >= limit) {
+        __atomic_store_n(&s->checkpoint_due, true, __ATOMIC_RELAXED);
     }
+    pthread_cond_signal(&s->maintain_cond);
+    pthread_mutex_unlock(&s->log_lock);
 }
+
+void bale_maintain_checkpointed(BaleStore *s, const BaleLogMark *mark)
+{
+    uint64_t base = mark ? mark->appended
+                         : __atomic_load_n(&s->appended, __ATOMIC_SEQ_CST);
+
+    __atomic_store_n(&s->checkpoint_base, base, __ATOMIC_SEQ_CST);
+}
+
+/* What follows is under log_lock. */
 
 /* LOOK_TIME_S have passed. */
 static void maintain_look_at_time(BaleStore *s)
 {
     uint64_t now_us = g_get_monotonic_time();
-    bool idle = s->appended == s->checkpoint_seen;
+    uint64_t appended = __atomic_load_n(&s->appended, __ATOMIC_SEQ_CST);
+    bool idle = appended == s->checkpoint_seen;
     uint64_t enough = MAX(CHECKPOINT_TIME_BYTES,
                           CHECKPOINT_TIME_SIZES * s->checkpoint_cost);
 
-    s->checkpoint_seen = s->appended;
-    if (s->appended - s->checkpoint_base >= enough &&
+    s->checkpoint_seen = appended;
+    if (appended - s->checkpoint_base >= enough &&
         (idle || now_us - s->checkpoint_time_us >= CHECKPOINT_TIME_US)) {
-        s->checkpoint_due = true;
+        __atomic_store_n(&s->checkpoint_due, true, __ATOMIC_RELAXED);
     }
     s->dying_flush = idle;
 }
@@ -292,9 +324,9 @@ static void maintain_checkpoint(BaleStore *s)
     if (ret == -EAGAIN) {
         return;
     }
-    s->checkpoint_due = false;
+    __atomic_store_n(&s->checkpoint_due, false, __ATOMIC_RELAXED);
     if (ret < 0) {
-        s->checkpoint_base = s->appended; /* not again at once */
+        bale_maintain_checkpointed(s, NULL); /* not again at once */
         s->stats.checkpoints_failed++;
     }
     s->checkpoint_answered = asked;
@@ -342,7 +374,7 @@ static void maintain_wait(BaleStore *s)
 
     s->maintain_idle = true;
     pthread_cond_broadcast(&s->log_cond);
-    if ((s->appended == s->checkpoint_base && !s->dying_pages->len) ||
+    if ((maintain_since(s) == 0 && !s->dying_pages->len) ||
         s->maintain_pauses || store_failed(s)) {
         pthread_cond_wait(&s->maintain_cond, &s->log_lock);
     } else {

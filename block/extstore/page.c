@@ -113,6 +113,9 @@ void bale_page_live_sub(BaleStore *s, uint64_t address, uint64_t bytes)
         return;
     }
     p = bale_page(s, page);
+    if (p->live_bytes < bytes) {
+        bale_log_fold(s);
+    }
     g_assert(p->live_bytes >= bytes);
     p->live_bytes -= bytes;
     if (p->live_bytes == 0) {
@@ -459,7 +462,7 @@ int bale_page_prepare(BaleStore *s, BaleBucket bucket, uint32_t need)
             p->order = ++s->page_order;
             s->fresh_pages += bucket == BALE_BUCKET_FRESH;
             p->overhead = BALE_BLOCK_SIZE;
-            p->first_seq = s->next_seq;
+            p->first_seq = bale_log_next_seq(s);
             s->active[bucket] = page;
         }
         p->allocated = allocated;

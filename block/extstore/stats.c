@@ -46,6 +46,7 @@ static void stats_log(BaleStore *s, BaleStoreStats *stats)
 /* Under log_lock. */
 static void stats_pages(BaleStore *s, BaleStoreStats *stats)
 {
+    bale_log_fold(s);
     for (uint64_t i = 0; i < s->pages->len; i++) {
         BalePage *p = bale_page(s, i);
         BaleBucketStats *bucket = &stats->buckets[p->bucket];

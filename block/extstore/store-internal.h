@@ -104,26 +104,33 @@ struct BalePage {
 struct BaleWriteBuffer {
     BaleStore *store;
     uint8_t *buf;        /* WRITE_BUFFER bytes, aligned to a block */
+    unsigned number;     /* in the store's list of buffers */
     /* Set when the buffer is opened, then constant while in use. */
     uint64_t page;
     uint64_t version;
     uint64_t offset;     /* in the page, of buf[0] */
     uint32_t segment;    /* where in buf the segment begins */
     uint32_t limit;      /* the segment ends at or before this */
+    uint32_t first;      /* where the records begin */
+    uint64_t seq;        /* of fresh data: the next one when it was opened */
     uint32_t barriers;
     uint8_t bucket;
     BaleBarrier barrier[BALE_BARRIERS_MAX];
-    /* Under log_lock. */
+    /* Atomic: what its appends add to. */
+    uint64_t live;       /* bytes that the page does not count yet */
+    int32_t copying;     /* records - appends that are done; 0 - them while it
+                          * is open */
+    /* Under log_lock, and constant once it is sealed. */
     uint32_t used;       /* bytes of buf given out to records */
-    uint32_t len;        /* bytes to write, set when sealed */
-    uint32_t asked;      /* ... that the device was asked to write */
-    uint32_t writers;    /* appends that still copy */
-    uint32_t pins;       /* readers */
+    uint32_t records;
+    uint32_t len;        /* bytes to write */
+    uint64_t last_seq;   /* of its segment, if that has no records */
     uint64_t id;         /* order of sealing, 0 before */
-    uint64_t last_seq;   /* of its last record, once it was sealed */
+    /* Under log_lock. */
+    uint32_t asked;      /* bytes that the device was asked to write */
+    uint32_t pins;       /* readers */
     bool stable;
     bool failed;
-    GArray *directory;   /* BaleDirectoryEntry */
     BaleDeviceIo io;
     BaleWriteBuffer *next; /* free list, or list to submit */
 };
@@ -306,7 +313,8 @@ struct BaleStore {
 
     pthread_mutex_t log_lock;
     pthread_cond_t log_cond; /* a buffer is free, a page opened, progress */
-    uint64_t next_seq;
+    uint64_t next_seq;       /* when open[] of fresh data was opened, if there
+                              * is one: bale_log_next_seq() */
     GArray *pages;           /* BalePage */
     GArray *free_pages;      /* uint64_t, a stack */
     GArray *barrier_pages;   /* uint64_t: barrier_pending */
@@ -314,8 +322,9 @@ struct BaleStore {
     uint64_t active[BALE_BUCKETS];      /* page or PAGE_NONE */
     bool preparing[BALE_BUCKETS];       /* somebody prepares room */
     BaleWriteBuffer *open[BALE_BUCKETS];
+    uint64_t room[BALE_BUCKETS]; /* atomic; of open[]: log-internal.h */
     BaleWriteBuffer *free_buffers;
-    GPtrArray *buffers;      /* all of them */
+    GPtrArray *buffers;      /* all of them; does not move */
     uint64_t sealed_id;      /* id of the newest sealed buffer */
     GQueue in_flight;        /* sealed buffers in order of id, until stable */
     GQueue unproven;         /* UnprovenEnd: stable, not yet flushed */
@@ -333,10 +342,11 @@ struct BaleStore {
     unsigned background;     /* device I/O that nobody else waits for */
     unsigned flush_forced;   /* whoever wants a device flush in any case */
     /* Appends that may not be in the index yet, before and after a mark. */
-    unsigned appending[2];
-    unsigned append_phase;   /* where those that begin now are counted */
-    uint64_t appended;       /* bytes of records, but for metadata; zeroes
-                              * count for more: maintain.c */
+    unsigned appending[2];   /* atomic */
+    unsigned append_phase;   /* atomic; where those that begin now are counted,
+                              * set under log_lock */
+    uint64_t appended;       /* atomic; bytes of records, but for metadata;
+                              * zeroes count for more: maintain.c */
 
     /* The maintenance thread; under log_lock. */
     pthread_cond_t maintain_cond;
@@ -346,11 +356,12 @@ struct BaleStore {
     bool maintain_look;      /* there may be a page to compact */
     bool dying_flush;        /* flush for pages that died, however few */
     unsigned maintain_pauses;
+    /* Set under log_lock, but read by any append: atomic. */
     bool checkpoint_due;
     uint64_t checkpoint_base;  /* appended when the newest began */
+    uint64_t checkpoint_cost;  /* bytes of it that had to be written */
+    uint64_t checkpoint_size;  /* bytes of it */
     uint64_t checkpoint_seen;  /* appended when the thread last looked */
-    uint64_t checkpoint_size;  /* bytes of the newest, ... */
-    uint64_t checkpoint_cost;  /* ... and those that had to be written */
     uint64_t checkpoint_time_us;
     uint64_t checkpoint_asked, checkpoint_answered; /* by command */
     int checkpoint_ret;
@@ -458,6 +469,12 @@ bool bale_page_has_metadata(BaleStore *s, uint64_t address, uint32_t len,
 /* Does a page other than @page hold records older than @seq? */
 bool bale_page_older_exists(BaleStore *s, uint64_t page, uint64_t seq);
 
+typedef struct BaleLogMark {
+    uint64_t next_seq; /* of what is appended after the mark */
+    uint64_t pages;    /* in the table */
+    uint64_t appended; /* bytes */
+} BaleLogMark;
+
 /* maintain.c */
 int bale_maintain_start(BaleStore *s);
 void bale_maintain_stop(BaleStore *s);
@@ -469,9 +486,11 @@ void bale_maintain_signal(BaleStore *s, bool release, bool look);
 void bale_maintain_settle(BaleStore *s);
 /* The same until no page is dying, as far as a few flushes do it. */
 int bale_maintain_free(BaleStore *s);
-/* Under log_lock: @r, @bytes long, was appended; a checkpoint may be due. */
+/* @r, @bytes long, was appended; a checkpoint may be due.  Takes log_lock. */
 void bale_maintain_appended(BaleStore *s, uint32_t bytes,
                             const BaleRecord *r);
+/* Under log_lock: a checkpoint has what came before @mark; NULL: it has all. */
+void bale_maintain_checkpointed(BaleStore *s, const BaleLogMark *mark);
 /* Under log_lock, for the thread: wait for its turn, which comes first. */
 void bale_maintain_step_begin(BaleStore *s);
 /* Under log_lock, for others.  False: paused, or the store has failed. */
@@ -546,6 +565,10 @@ void bale_ahead_settle(BaleStore *s);
 void bale_log_init(BaleStore *s);
 /* Under log_lock: the end of the last record that was given a place. */
 uint64_t bale_log_tail(BaleStore *s);
+/* Under log_lock: what is appended from now on is not numbered lower. */
+uint64_t bale_log_next_seq(BaleStore *s);
+/* Under log_lock: let the pages count what open buffers hold of them. */
+void bale_log_fold(BaleStore *s);
 /* Under log_lock: the boundaries of the regions are in order. */
 void bale_log_assert_regions(BaleStore *s);
 void bale_log_destroy(BaleStore *s);
@@ -587,12 +610,6 @@ void bale_log_leave(BaleStore *s);
 bool bale_log_inside(void);
 /* Under log_lock: are there sections of before the newest mark? */
 bool bale_log_old_phase(BaleStore *s);
-
-typedef struct BaleLogMark {
-    uint64_t next_seq; /* of what is appended after the mark */
-    uint64_t pages;    /* in the table */
-    uint64_t appended; /* bytes */
-} BaleLogMark;
 
 /*
  * Note where the log ends: what is appended from now on lies behind the ends

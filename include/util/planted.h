@@ -37,6 +37,7 @@ enum {
     BALE_PLANTED_tail_over_damage,
     BALE_PLANTED_tail_unverified,
     BALE_PLANTED_sequence_ignored,
+    BALE_PLANTED_numbers_not_shared,
     BALE_PLANTED_zero_resurrected,
     BALE_PLANTED_tombstone_forgotten,
     BALE_PLANTED_merge_forgotten,
