@@ -27,8 +27,11 @@
 #include "util/memory.h"
 #include "util/planted.h"
 
-/* Bytes written at a time, if the options do not say. */
+/* Bytes written at a time, if the options do not say; at first this part. */
 #define AHEAD_BYTES (256u << 10)
+#define AHEAD_FIRST 8u
+/* Before those in another place, so much room for who comes next. */
+#define AHEAD_GAP   16u
 /* Blocks that a small flush may take, with what it pays for. */
 #define AHEAD_FLUSH_BLOCKS 3u
 
@@ -57,6 +60,7 @@ void bale_ahead_sealed(BaleStore *s, const BaleWriteBuffer *wb, bool flush)
         credit += flush ? AHEAD_FLUSH_BLOCKS * BALE_BLOCK_SIZE : 0;
         credit -= MIN(credit, wb->len);
         a->credit = MIN(credit, 2ull * a->bytes);
+        a->step = flush ? a->step : 0;
     }
 }
 
@@ -97,10 +101,13 @@ static bool ahead_due(BaleStore *s)
 {
     BaleAhead *a = &s->ahead;
     uint64_t page = s->active[BALE_BUCKET_FRESH];
-    uint64_t gap = bale_align_up(a->bytes / 4, BALE_BLOCK_SIZE), end;
+    uint64_t gap = bale_align_up(a->bytes / AHEAD_GAP, BALE_BLOCK_SIZE), end;
+    uint32_t step = bale_align_up(MAX(a->bytes / AHEAD_FIRST, 2 * a->step),
+                                  BALE_BLOCK_SIZE);
     BalePage *p;
 
-    if (a->busy || a->bytes == 0 || a->credit < a->bytes || !s->session ||
+    step = MIN(step, a->bytes);
+    if (a->busy || a->bytes == 0 || a->credit < step || !s->session ||
         store_failed(s) || page == PAGE_NONE || s->open[BALE_BUCKET_FRESH]) {
         return false;
     }
@@ -113,14 +120,14 @@ static bool ahead_due(BaleStore *s)
     if (a->end > p->end + a->bytes / 2) {
         return false;
     }
-    /* Who comes next finds some room before it. */
     a->from = MAX(a->end, p->end + gap);
-    end = MIN(a->from + a->bytes,
+    end = MIN(a->from + step,
               bale_align_down(p->allocated, BALE_BLOCK_SIZE));
     if (end <= a->from) {
         return false;
     }
     a->len = end - a->from;
+    a->step = step;
     if (!a->zeroes) {
         a->zeroes = bale_memory_try_alloc0(BALE_BLOCK_SIZE, a->bytes);
     }
@@ -136,7 +143,7 @@ void bale_ahead_write(BaleStore *s)
     due = ahead_due(s);
     if (due) {
         a->busy = true;
-        a->credit -= a->bytes;
+        a->credit -= a->step;
         bale_page(s, a->page)->in_flight++;
         s->background++;
         s->stats.ahead_bytes += a->len;
