@@ -15,7 +15,7 @@
  *     that leaves wakes another.  While bulk work is all that is queued, and
  *     held back, a worker in the stack wakes by itself when that is over; and
  *     who takes some of it wakes another for the rest.
- *  3. `running` counts the workers inside a function.
+ *  3. `running` counts the workers inside a function, and those who help.
  *  4. The workers that run and do not leave are those with an index below
  *     `threads`; a thread that has left is joined before its place is used
  *     again, or by _free.
@@ -121,6 +121,28 @@ static BaleWork *queue_pop(Queue *queue)
     queue->head = work->next;
     if (queue->head == NULL) {
         queue->tail = &queue->head;
+    }
+    assert(queue->len > 0);
+    queue->len--;
+    work->next = NULL;
+    return work;
+}
+
+/* The first item with @fn, or NULL. */
+static BaleWork *queue_take(Queue *queue, BaleWorkFunc *fn)
+{
+    BaleWork **p = &queue->head, *work;
+
+    while (*p != NULL && (*p)->fn != fn) {
+        p = &(*p)->next;
+    }
+    work = *p;
+    if (work == NULL) {
+        return NULL;
+    }
+    *p = work->next;
+    if (work->next == NULL) {
+        queue->tail = p;
     }
     assert(queue->len > 0);
     queue->len--;
@@ -238,6 +260,22 @@ static void nap_locked(BaleWorkers *pool, Worker *worker, int64_t us)
     }
 }
 
+/* Run @work; called and returns with the mutex. */
+static void run_locked(BaleWorkers *pool, BaleWork *work, void *context,
+                       unsigned index, Worker *other)
+{
+    pool->running++;
+    pthread_mutex_unlock(&pool->mutex);
+    wake(other);
+    work->fn(work, context, index);
+    pthread_mutex_lock(&pool->mutex);
+    pool->running--;
+    pool->executed++;
+    if (pool->drainers > 0 && is_drained_locked(pool)) {
+        pthread_cond_broadcast(&pool->drained);
+    }
+}
+
 static void *worker_main(void *opaque)
 {
     Worker *worker = opaque;
@@ -260,16 +298,7 @@ static void *worker_main(void *opaque)
                 pool->queues[BALE_WORK_BULK].len != 0) {
                 other = take_idle_locked(pool);
             }
-            pool->running++;
-            pthread_mutex_unlock(&pool->mutex);
-            wake(other);
-            work->fn(work, worker->context, worker->index);
-            pthread_mutex_lock(&pool->mutex);
-            pool->running--;
-            pool->executed++;
-            if (pool->drainers > 0 && is_drained_locked(pool)) {
-                pthread_cond_broadcast(&pool->drained);
-            }
+            run_locked(pool, work, worker->context, worker->index, other);
         } else if (wait_us > 0) {
             nap_locked(pool, worker, wait_us);
         } else {
@@ -502,6 +531,21 @@ void bale_workers_push(BaleWorkers *pool, BaleWork *work,
     worker = take_idle_locked(pool);
     pthread_mutex_unlock(&pool->mutex);
     wake(worker);
+}
+
+bool bale_workers_help(BaleWorkers *pool, BaleWorkPriority priority,
+                       BaleWorkFunc *fn, void *context)
+{
+    BaleWork *work;
+
+    assert((unsigned)priority < BALE_WORK__PRIORITIES);
+    pthread_mutex_lock(&pool->mutex);
+    work = queue_take(&pool->queues[priority], fn);
+    if (work != NULL) {
+        run_locked(pool, work, context, BALE_WORKERS_MAX, NULL);
+    }
+    pthread_mutex_unlock(&pool->mutex);
+    return work != NULL;
 }
 
 void bale_workers_hold(BaleWorkers *pool, int64_t us)

@@ -385,7 +385,7 @@ static bool background_go(void *opaque)
 {
     Background *b = opaque;
     BaleStore *s = b->s;
-    bool go;
+    bool go, full;
 
     pthread_mutex_lock(&s->log_lock);
     background_step_ended(b);
@@ -402,7 +402,11 @@ static bool background_go(void *opaque)
         pace_wait(s, &s->maintain_cond, due_us);
         bale_maintain_step_begin(s);
     }
+    full = s->space_waiters > 0;
     pthread_mutex_unlock(&s->log_lock);
+    if (full) {
+        bale_reads_help(s); /* maintain.c, invariant 3 */
+    }
     pace_step_begins(&b->pace, s);
     return go;
 }

@@ -28,7 +28,9 @@
  *  2. While the thread is paused nobody is told that there is no room: they
  *     wait for the end of the pause.  So whoever waits for room does not hold
  *     session_lock, nor is in an append; and whoever pauses waits for nobody.
- *  3. Waiting ends.  One who has asked SPACE_ROUNDS_MAX times while there were
+ *  3. Reads do not wait for it: while the workers wait for room the thread
+ *     does their part of reads (bale_reads_help()), which is never to append.
+ *  4. Waiting ends.  One who has asked SPACE_ROUNDS_MAX times while there were
  *     never fewer pages in use, and nobody got one for fresh data, is told no.
  *
  * A checkpoint is due by what was appended since the newest one began: so much
@@ -393,13 +395,12 @@ static void maintain_wait(BaleStore *s)
 
 /*
  * Is there a page that dies as soon as its readers have left?  Then wait a
- * little: a reader may need a worker, who may wait for us.  Called and returns
- * with log_lock.
+ * little, if we cannot help them.  Called and returns with log_lock.
  */
 static bool maintain_await_readers(BaleStore *s)
 {
     struct timespec until;
-    bool read = false;
+    bool read = false, helped = false;
 
     for (guint i = 0; i < s->pages->len && !read; i++) {
         BalePage *p = bale_page(s, i);
@@ -408,6 +409,11 @@ static bool maintain_await_readers(BaleStore *s)
                p->readers && !p->compacting;
     }
     if (read) {
+        pthread_mutex_unlock(&s->log_lock);
+        helped = bale_reads_help(s);
+        pthread_mutex_lock(&s->log_lock);
+    }
+    if (read && !helped) {
         clock_gettime(CLOCK_REALTIME, &until);
         until.tv_nsec += READERS_WAIT_NS;
         until.tv_sec += until.tv_nsec / 1000000000;
@@ -430,6 +436,10 @@ static bool maintain_make_space(BaleStore *s)
     if (!s->session) {
         return true; /* who asks begins one, and looks again */
     }
+    /* A page that somebody reads from does not die. */
+    pthread_mutex_unlock(&s->log_lock);
+    bale_reads_help(s);
+    pthread_mutex_lock(&s->log_lock);
     /* A page with a segment on its way to the device is not compacted. */
     for (int i = 0; i < DYING_FLUSHES_MAX && ret == 0 &&
                     (s->dying_pages->len || s->in_flight.length) &&

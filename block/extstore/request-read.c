@@ -35,6 +35,8 @@
 #define READ_RETRIES_MAX 100
 /* Requests of this many bytes and more need no read-ahead and no cache. */
 #define READ_LARGE (512u << 10)
+/* Clusters that one call decompresses in the workers' place. */
+#define READS_HELP_MAX 64u
 /* Longer clusters are always decompressed by workers. */
 #define INLINE_CLUSTER_MAX (128u << 10)
 
@@ -239,6 +241,23 @@ static void op_read_fetched(BaleClusterOp *op)
     }
     op->work.fn = op_read_work;
     bale_workers_push(s->workers, &op->work, BALE_WORK_URGENT);
+}
+
+bool bale_reads_help(BaleStore *s)
+{
+    bool any = false, more = true;
+
+    for (unsigned i = 0; i < READS_HELP_MAX && more; i++) {
+        more = !__atomic_exchange_n(&s->inline_busy, 1, __ATOMIC_ACQUIRE);
+        if (more) {
+            more = !BALE_PLANTED(reads_wait_for_room) &&
+                   bale_workers_help(s->workers, BALE_WORK_URGENT,
+                                     op_read_work, &s->inline_context);
+            __atomic_store_n(&s->inline_busy, 0, __ATOMIC_RELEASE);
+        }
+        any |= more;
+    }
+    return any;
 }
 
 static BaleGateLoad gate_load(BaleStore *s)

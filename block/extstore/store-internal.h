@@ -787,6 +787,12 @@ int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
 void bale_image_read_stored(BaleImage *image, uint64_t cluster, uint8_t *buf,
                             BaleDone *done, void *opaque);
 
+/*
+ * request-read.c: do some of what reads wait for workers for, who may all wait
+ * for the caller.  False: there was nothing.  It may wait for the device.
+ */
+bool bale_reads_help(BaleStore *s);
+
 /* mutable.c */
 typedef struct BaleMutableRun {
     uint32_t start, len; /* in the range asked for */

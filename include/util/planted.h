@@ -63,6 +63,7 @@ enum {
     BALE_PLANTED_deleted_layer_resurrected,
     BALE_PLANTED_limit_ignored,
     BALE_PLANTED_full_while_paused,
+    BALE_PLANTED_reads_wait_for_room,
     BALE_PLANTED_reserve_forgotten,
     BALE_PLANTED_copy_renumbered,
     BALE_PLANTED_piece_forgotten,

@@ -120,6 +120,14 @@ void bale_workers_push(BaleWorkers *pool, BaleWork *work,
                        BaleWorkPriority priority);
 
 /*
+ * For a thread that workers may be waiting for: run the first item queued with
+ * @priority whose function is @fn, with @context, here.  Its index of a worker
+ * is BALE_WORKERS_MAX.  False: there is none.
+ */
+bool bale_workers_help(BaleWorkers *pool, BaleWorkPriority priority,
+                       BaleWorkFunc *fn, void *context);
+
+/*
  * Begin no bulk work in the next @us microseconds, at most
  * BALE_WORK_HOLD_MAX_US, unless somebody drains; 0: let go.  Each call replaces
  * the one before.  It ends by itself, so nobody can be kept back for ever.

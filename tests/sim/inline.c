@@ -310,6 +310,14 @@ void __wrap_bale_workers_get_stats(BaleWorkers *workers,
     pthread_mutex_unlock(&lock);
 }
 
+/* Who made the pool runs its items. */
+bool __wrap_bale_workers_help(BaleWorkers *workers, BaleWorkPriority priority,
+                              BaleWorkFunc *fn, void *context)
+{
+    return !pool_of(workers) &&
+           __real_bale_workers_help(workers, priority, fn, context);
+}
+
 /* Time stands still here: nothing is held back. */
 void __wrap_bale_workers_hold(BaleWorkers *workers, int64_t us)
 {

@@ -48,6 +48,10 @@ void __real_bale_workers_get_stats(BaleWorkers *workers,
                                    BaleWorkersStats *stats);
 void __wrap_bale_workers_get_stats(BaleWorkers *workers,
                                    BaleWorkersStats *stats);
+bool __real_bale_workers_help(BaleWorkers *workers, BaleWorkPriority priority,
+                              BaleWorkFunc *fn, void *context);
+bool __wrap_bale_workers_help(BaleWorkers *workers, BaleWorkPriority priority,
+                              BaleWorkFunc *fn, void *context);
 void __real_bale_workers_hold(BaleWorkers *workers, int64_t us);
 unsigned __real_bale_workers_threads(BaleWorkers *workers);
 void __wrap_bale_workers_hold(BaleWorkers *workers, int64_t us);

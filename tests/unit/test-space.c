@@ -345,6 +345,68 @@ static void test_pause_is_no_answer(void)
     fixture_free(&f);
 }
 
+static void read_done(void *opaque, int ret)
+{
+    g_assert_cmpint(ret, ==, 0);
+    g_atomic_int_inc((int *)opaque);
+}
+
+/*
+ * Both workers wait for room, and reads, which keep all pages from dying, wait
+ * for a worker.
+ */
+static void test_reads_beside_full_workers(void)
+{
+    enum { LEN = 1 << 20 };
+    Writer w[2] = { 0 };
+    g_autofree uint8_t *buf = NULL;
+    BaleWorkersStats workers;
+    struct iovec *iov;
+    uint64_t n, before, chunks;
+    int done = 0;
+    Fixture f;
+
+    fixture_init(&f, MAX_SIZE);
+    bale_store_set_compact(f.store, false, 0);
+    n = fill(&f, 0);
+    for (uint64_t c = 0; c < n; c += 2) {
+        discard(&f, c);
+    }
+    g_assert_cmpint(bale_store_flush_sync(f.store), ==, 0);
+    bale_maintain_pause(f.store);
+    before = stats(&f)->space_waits;
+    for (unsigned i = 0; i < G_N_ELEMENTS(w); i++) {
+        w[i].first = n + i * 32;
+        w[i].clusters = w[i].writes = 32;
+        writer_start(&w[i], &f);
+    }
+    while (stats(&f)->space_waits < before + G_N_ELEMENTS(w)) {
+        g_usleep(1000);
+    }
+    chunks = n * CLUSTER / LEN;
+    buf = g_malloc(chunks * LEN);
+    iov = g_new0(struct iovec, chunks);
+    for (uint64_t i = 0; i < chunks; i++) {
+        iov[i] = (struct iovec){ buf + i * LEN, LEN };
+        bale_image_read(f.image, i * LEN, &iov[i], 1, read_done, &done);
+    }
+    do {
+        bale_workers_get_stats(f.store->workers, &workers);
+        g_usleep(1000);
+    } while (workers.queued[BALE_WORK_URGENT] < chunks * LEN / CLUSTER / 2);
+    bale_maintain_resume(f.store);
+    for (unsigned i = 0; i < G_N_ELEMENTS(w); i++) {
+        g_assert_cmpint(writer_join(&w[i]), ==, 0);
+    }
+    while ((uint64_t)g_atomic_int_get(&done) < chunks) {
+        g_usleep(1000);
+    }
+    g_assert_true(!memcmp(buf, f.model, chunks * LEN));
+    g_free(iov);
+    check(&f);
+    fixture_free(&f);
+}
+
 typedef struct Checkpoints {
     BaleStore *store;
     int stop; /* atomic */
@@ -678,6 +740,8 @@ int main(int argc, char **argv)
     g_test_add_func("/space/changes-wait-for-space",
                     test_changes_wait_for_space);
     g_test_add_func("/space/pause-is-no-answer", test_pause_is_no_answer);
+    g_test_add_func("/space/reads-beside-full-workers",
+                    test_reads_beside_full_workers);
     g_test_add_func("/space/writers-beside-checkpoints",
                     test_writers_beside_checkpoints);
     g_test_add_func("/space/limit-changes", test_limit_changes);

@@ -126,6 +126,50 @@ static void test_first_in_first_out_and_urgent_first(void)
     }
 }
 
+static void item_run_too(BaleWork *work, void *context, unsigned worker)
+{
+    g_assert_cmpuint(worker, ==, BALE_WORKERS_MAX);
+    g_assert_true(context == work);
+    item_run(work, context, worker);
+}
+
+/* While the only worker is busy: those of one function, in their order. */
+static void test_others_can_help(void)
+{
+    enum { N = 9 };
+    g_autoptr(BaleWorkers) pool =
+        bale_workers_new("help", 1, NULL, NULL, NULL, NULL);
+    Item items[N];
+    int order[N + 1];
+    atomic_int next = 0;
+    Gate gate;
+
+    gate_close(&gate, pool);
+    for (int i = 0; i < N; i++) {
+        items[i] = (Item) {
+            .work.fn = i % 2 ? item_run : item_run_too,
+            .number = i, .next = &next, .order = order,
+        };
+        bale_workers_push(pool, &items[i].work, BALE_WORK_URGENT);
+    }
+    g_assert_false(bale_workers_help(pool, BALE_WORK_BULK, item_run, NULL));
+    for (int i = 0; i < N; i += 2) {
+        g_assert_true(bale_workers_help(pool, BALE_WORK_URGENT, item_run_too,
+                                        &items[i].work));
+    }
+    g_assert_false(bale_workers_help(pool, BALE_WORK_URGENT, item_run_too,
+                                     NULL));
+    /* The queue is whole, also at its end. */
+    items[0].work.fn = item_run;
+    bale_workers_push(pool, &items[0].work, BALE_WORK_URGENT);
+    gate.open = true;
+    bale_workers_drain(pool);
+    for (int i = 0; i < N; i++) {
+        g_assert_cmpint(items[i].runs, ==, i ? 1 : 2);
+        g_assert_cmpint(order[i], ==, i <= N / 2 ? 2 * i : 2 * (i - N / 2) - 1);
+    }
+}
+
 /* Time may pass: what is held back may begin late, but not early. */
 static void test_bulk_work_can_be_held_back(void)
 {
@@ -586,6 +630,7 @@ int main(int argc, char **argv)
                     test_first_in_first_out_and_urgent_first);
     g_test_add_func("/workers/busy-workers-are-not-woken",
                     test_busy_workers_are_not_woken);
+    g_test_add_func("/workers/others-can-help", test_others_can_help);
     g_test_add_func("/workers/bulk-work-can-be-held-back",
                     test_bulk_work_can_be_held_back);
     g_test_add_func("/workers/drain-and-letting-go-end-a-hold",
