@@ -54,12 +54,12 @@ bool bale_ahead_spoilt(BaleStore *s, uint64_t page)
 void bale_ahead_sealed(BaleStore *s, const BaleWriteBuffer *wb, bool flush)
 {
     BaleAhead *a = &s->ahead;
-    uint64_t credit = a->credit;
+    int64_t saved = -(int64_t)wb->len;
 
     if (wb->bucket == BALE_BUCKET_FRESH) {
-        credit += flush ? AHEAD_FLUSH_BLOCKS * BALE_BLOCK_SIZE : 0;
-        credit -= MIN(credit, wb->len);
-        a->credit = MIN(credit, 2ull * a->bytes);
+        saved += flush ? AHEAD_FLUSH_BLOCKS * BALE_BLOCK_SIZE : 0;
+        a->credit = CLAMP(a->credit + saved, -(int64_t)a->bytes,
+                          2 * (int64_t)a->bytes);
         a->step = flush ? a->step : 0;
     }
 }

@@ -139,7 +139,7 @@ struct BaleWriteBuffer {
 
 typedef struct BaleAhead {
     uint32_t bytes;     /* at a time, never changed; 0: none at all */
-    uint32_t credit;    /* bytes that small flushes have left for it */
+    int64_t credit;     /* bytes that small flushes have left for it */
     uint32_t step;      /* bytes the last time; 0: it did not go on */
     uint64_t page, version; /* where; PAGE_NONE: nowhere yet */
     uint64_t end;       /* in that page, of the zeroes that were written */
