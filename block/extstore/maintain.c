@@ -553,10 +553,13 @@ int bale_maintain_start(BaleStore *s)
 {
     int ret = 0;
 
+    /* Somebody may look whether there is a thread to pause. */
+    pthread_mutex_lock(&s->log_lock);
     if (!s->maintain_started) {
         ret = -pthread_create(&s->maintain_thread, NULL, maintain_main, s);
         s->maintain_started = ret == 0;
     }
+    pthread_mutex_unlock(&s->log_lock);
     return ret;
 }
 
