@@ -468,6 +468,8 @@ def main():
         data['parts'][name] = {'rounds': args.rounds, 'results': results,
                                'load': [load, os.getloadavg()[0]],
                                'data': part}
+        data['parts'] = {part: data['parts'][part] for part in PARTS
+                         if part in data['parts']}
         for r in results:
             v = r['value']
             wanted = '' if r['target'] is None else ', wanted %s %.2f: %s' % (
