@@ -20,7 +20,7 @@
 #ifndef BALE_EXTSTORE_LOG_INTERNAL_H
 #define BALE_EXTSTORE_LOG_INTERNAL_H
 
-#include "format.h"
+#include "store-internal.h"
 
 /* What a word says; a word of 0: there is no open buffer. */
 typedef struct BaleRoom {
@@ -105,5 +105,16 @@ static inline bool bale_room_take(uint64_t *word, uint32_t records,
                                           __ATOMIC_ACQUIRE));
     return true;
 }
+
+/* --- log-segment.c --- */
+
+/* Bytes of a segment with @used bytes of records and @records of them. */
+uint64_t bale_log_segment_len(uint64_t used, uint64_t records);
+/* Bytes of a sealed segment that hold nothing. */
+uint64_t bale_log_segment_padding(BaleWriteBuffer *wb);
+/* Write @r and its payload, which is in place already, at @at. */
+void bale_log_put_record(BaleWriteBuffer *wb, BaleRecord *r, uint32_t at);
+/* Close the segment in @wb; nobody else uses the buffer's bytes now. */
+void bale_log_finish_segment(BaleWriteBuffer *wb);
 
 #endif

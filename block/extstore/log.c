@@ -44,7 +44,6 @@
 #include <string.h>
 
 #include "log-internal.h"
-#include "util/checksum.h"
 #include "util/memory.h"
 #include "util/planted.h"
 
@@ -89,21 +88,7 @@ struct BaleFlushWaiter {
 static void log_stored(BaleDeviceIo *io, int ret);
 static void log_flushed(BaleDeviceIo *io, int ret);
 
-/* --- segments in memory --- */
-
-/* Bytes of a segment with @used bytes of records and @records of them. */
-static uint64_t segment_len(uint64_t used, uint64_t records)
-{
-    return bale_align_up(used + bale_room_directory(records),
-                         BALE_BLOCK_SIZE);
-}
-
-/* Bytes of a sealed segment that hold nothing. */
-static uint64_t segment_padding(BaleWriteBuffer *wb)
-{
-    return wb->len - wb->used - BALE_RECORD_HEADER_LEN -
-           (uint64_t)wb->records * BALE_DIRECTORY_ENTRY_LEN;
-}
+/* --- write buffers --- */
 
 /* Of the open buffer of a bucket; it may have less already. */
 static BaleRoom open_room(BaleStore *s, int bucket)
@@ -118,87 +103,6 @@ static uint32_t buffer_used(BaleStore *s, BaleWriteBuffer *wb)
     return s->open[wb->bucket] == wb
                ? wb->limit - open_room(s, wb->bucket).bytes
                : wb->used;
-}
-
-static uint64_t log_seed(BaleStore *s, BaleWriteBuffer *wb, uint32_t at)
-{
-    return bale_place(s->identity, wb->page, wb->version, wb->offset + at);
-}
-
-/* Write @r and its payload, which is in place already, at @at. */
-static void buffer_put_record(BaleWriteBuffer *wb, BaleRecord *r, uint32_t at)
-{
-    BaleStore *s = wb->store;
-    uint64_t seed = log_seed(s, wb, at);
-    uint8_t *payload = wb->buf + at + BALE_RECORD_HEADER_LEN;
-    uint32_t end = BALE_RECORD_HEADER_LEN + r->payload_len;
-
-    r->header_len = BALE_RECORD_HEADER_LEN;
-    r->version = wb->version;
-    /*
-     * The sum is taken of our copy: the caller's memory may be a guest's,
-     * which can change while we look.
-     */
-    r->payload_sum = bale_checksum(payload, r->payload_len, seed);
-    bale_record_encode(r, seed, wb->buf + at);
-    memset(wb->buf + at + end, 0, bale_record_size(r) - end);
-}
-
-/*
- * Repeat the headers of @wb's records, as the entries of its directory, at @p;
- * the sequence number of the last one.
- */
-static uint64_t buffer_put_entries(BaleWriteBuffer *wb, uint8_t *p)
-{
-    BaleStore *s = wb->store;
-    uint64_t seq = wb->last_seq;
-    uint32_t at = wb->first;
-
-    for (uint32_t i = 0; i < wb->records; i++) {
-        BaleDirectoryEntry entry = { .offset = wb->offset + at };
-        int ret = bale_record_decode(&entry.record, log_seed(s, wb, at),
-                                     s->cluster_size, wb->buf + at,
-                                     wb->used - at);
-
-        g_assert(ret == 0);
-        bale_directory_entry_encode(&entry, p);
-        p += BALE_DIRECTORY_ENTRY_LEN;
-        at += bale_record_size(&entry.record);
-        seq = entry.record.seq;
-    }
-    g_assert(at == wb->used);
-    return seq;
-}
-
-/* Close the segment in @wb; nobody else uses the buffer's bytes now. */
-static void buffer_finish(BaleWriteBuffer *wb)
-{
-    uint32_t n = wb->records;
-    BaleRecord r = {
-        .type = BALE_RECORD_DIRECTORY,
-        .header_len = BALE_RECORD_HEADER_LEN,
-        .payload_len = n * BALE_DIRECTORY_ENTRY_LEN,
-    };
-    /* At the very end, away from the headers that it repeats. */
-    uint32_t at = wb->len - bale_record_size(&r);
-    BaleSegment segment;
-
-    g_assert(at >= wb->used);
-    memset(wb->buf + wb->used, 0, at - wb->used);
-    r.seq = buffer_put_entries(wb, wb->buf + at + BALE_RECORD_HEADER_LEN);
-    buffer_put_record(wb, &r, at);
-
-    segment.segment_len = wb->len - wb->segment;
-    segment.directory_offset = wb->offset + at;
-    segment.records = n;
-    segment.barriers = wb->barriers;
-    memcpy(segment.barrier, wb->barrier,
-           wb->barriers * sizeof(wb->barrier[0]));
-    r.type = BALE_RECORD_SEGMENT;
-    r.payload_len = bale_segment_payload_len(wb->barriers);
-    bale_segment_encode(&segment,
-                        wb->buf + wb->segment + BALE_RECORD_HEADER_LEN);
-    buffer_put_record(wb, &r, wb->segment);
 }
 
 /* --- under log_lock: opening, sealing, recycling --- */
@@ -377,7 +281,7 @@ static void buffer_seal(BaleStore *s, BaleBucket bucket, bool flush,
     }
     wb->records = room.records;
     wb->used = wb->limit - room.bytes;
-    wb->len = segment_len(wb->used, wb->records);
+    wb->len = bale_log_segment_len(wb->used, wb->records);
     wb->last_seq = wb->records ? 0 : log_number(s, submit);
     g_assert(wb->len <= wb->limit);
     wb->id = ++s->sealed_id;
@@ -390,7 +294,7 @@ static void buffer_seal(BaleStore *s, BaleBucket bucket, bool flush,
     p->overhead += wb->len - wb->used;
     s->stats.segments++;
     s->stats.segment_bytes += wb->len;
-    s->stats.padding_bytes += segment_padding(wb);
+    s->stats.padding_bytes += bale_log_segment_padding(wb);
     s->sealed_end += wb->len;
     bale_log_assert_regions(s);
     bale_ahead_sealed(s, wb, flush);
@@ -482,7 +386,7 @@ static void log_submit(BaleStore *s, BaleWriteBuffer *list)
         BaleWriteBuffer *wb = list;
 
         list = wb->next;
-        buffer_finish(wb);
+        bale_log_finish_segment(wb);
         wb->asked = 0;
         wb->io.offset = page_address(s, wb->page) + wb->offset;
         wb->io.buf = wb->buf;
@@ -783,7 +687,7 @@ void bale_log_revived(BaleStore *s)
 static int log_open_buffer(BaleStore *s, BaleBucket bucket, uint32_t size,
                            bool may_wait, BaleWriteBuffer **submit)
 {
-    uint32_t need = segment_len(SEGMENT_OVERHEAD + size, 1);
+    uint32_t need = bale_log_segment_len(SEGMENT_OVERHEAD + size, 1);
 
     for (;;) {
         uint64_t page = s->active[bucket];
@@ -915,7 +819,7 @@ static int log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
 
     r->header_len = BALE_RECORD_HEADER_LEN;
     size = bale_record_size(r);
-    if (segment_len(SEGMENT_OVERHEAD + BALE_BLOCK_SIZE + size, 1) >
+    if (bale_log_segment_len(SEGMENT_OVERHEAD + BALE_BLOCK_SIZE + size, 1) >
         MIN(s->buffer_size, s->page_size)) {
         return -EFBIG;
     }
@@ -942,7 +846,7 @@ static int log_append(BaleStore *s, BaleBucket bucket, BaleRecord *r,
         memcpy(wb->buf + at + BALE_RECORD_HEADER_LEN, payload,
                r->payload_len);
     }
-    buffer_put_record(wb, r, at);
+    bale_log_put_record(wb, r, at);
     stat_add(&s->stats.records_appended, 1);
     if (__atomic_sub_fetch(&wb->copying, 1, __ATOMIC_ACQ_REL) == 0) {
         submit_push(&submit, wb);
@@ -1040,21 +944,23 @@ int bale_log_flush_forced(BaleStore *s)
 static bool log_has_room(BaleStore *s, BaleBucket bucket, uint64_t need)
 {
     BaleWriteBuffer *wb = s->open[bucket];
-    BalePage *p;
+    uint64_t page = s->active[bucket], end;
 
-    if (s->active[bucket] == PAGE_NONE || s->preparing[bucket]) {
+    if (page == PAGE_NONE || s->preparing[bucket]) {
         return false;
     }
-    p = bale_page(s, s->active[bucket]);
-    return page_room_end(s, s->active[bucket]) >=
-           need + (wb ? wb->offset + segment_len(buffer_used(s, wb),
-                                                 open_room(s, bucket).records)
-                      : MAX(p->end, BALE_BLOCK_SIZE));
+    if (wb) {
+        end = wb->offset + bale_log_segment_len(buffer_used(s, wb),
+                                                open_room(s, bucket).records);
+    } else {
+        end = MAX(bale_page(s, page)->end, BALE_BLOCK_SIZE);
+    }
+    return page_room_end(s, page) >= end + need;
 }
 
 int bale_log_append_barriers(BaleStore *s)
 {
-    uint32_t need = segment_len(SEGMENT_OVERHEAD, 1);
+    uint32_t need = bale_log_segment_len(SEGMENT_OVERHEAD, 1);
     BaleWriteBuffer *submit = NULL, *wb;
     guint segments;
     int ret = 0;

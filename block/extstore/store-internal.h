@@ -4,13 +4,17 @@
  *
  *     request.c     requests on clusters: write, zero, flush
  *     request-read.c  and read
+ *     read-gate.c   how many small reads the device is given at once
  *     readahead.c   what to read before it is asked for
  *     image.c       images: their records, their status
  *     layer.c       layers: which record holds a cluster
  *     mutable.c     clusters written in part, on a seqcache
  *     patch.c       what of these the log has as patches
+ *     patch-pack.c  and how these are compressed
  *     cache.c       decompressed clusters in memory
  *     log.c         appends records to pages through write buffers; flushes
+ *     log-segment.c what a segment is while it is in a write buffer
+ *     ahead.c       zeroes in the room that small flushes will take
  *     page.c        the page table: allocates, counts, frees pages
  *     recover*.c    reads a checkpoint, or rebuilds the state by a scan
  *     checkpoint.c  writes a checkpoint and superblocks

@@ -8,7 +8,6 @@
 #include <string.h>
 
 #include "../../block/extstore/log-internal.h"
-#include "../../block/extstore/store-internal.h"
 #include "stores.h"
 #include "util/memory.h"
 
