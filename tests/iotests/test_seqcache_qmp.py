@@ -5,104 +5,37 @@ write-out, backup jobs; in qemu-storage-daemon and qemu-system-x86_64."""
 
 import json
 import os
-import subprocess
 
 import bale_iotests
+import bale_qmp
 from bale_iotests import BALE, LONG, qemu_img, qemu_img_info, run
 
 KIB = 1024
 MIB = 1024 * KIB
 
-DAEMON = ('qemu-storage-daemon', '--chardev', 'stdio,id=qmp', '--monitor',
-          'chardev=qmp')
-SYSTEM = ('qemu-system-x86_64', '-machine', 'none', '-nodefaults', '-display',
-          'none', '-accel', 'tcg', '-chardev', 'stdio,id=qmp', '-mon',
-          'chardev=qmp,mode=control')
+DAEMON = ('qemu-storage-daemon',)
+SYSTEM = ('qemu-system-x86_64', '-accel', 'tcg', '-display', 'none')
 
 
-class Qmp:
-    """A QEMU program with a monitor on its standard input and output."""
+class Qmp(bale_qmp.Qemu):
+    """A call is a command; it must end well."""
 
-    def __init__(self, *command):
-        self.process = subprocess.Popen(
-            [BALE, 'run', *(str(word) for word in command)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, errors='replace')
-        self.events = []
-        try:
-            greeting = self.process.stdout.readline()
-            if 'QMP' not in greeting:
-                raise AssertionError(f'no greeting: {greeting!r} '
-                                     f'{self.process.stderr.read()}')
-            self('qmp_capabilities')
-        except BaseException:
-            self.process.kill()
-            self.process.communicate()
-            raise
-
-    def receive(self):
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait(30)
-            raise AssertionError(f'ended with {self.process.returncode}: '
-                                 f'{self.process.stderr.read()}')
-        return json.loads(line)
-
-    def ask(self, name, /, **arguments):
-        """The whole answer; '_' in arguments' names stands for '-'."""
-        arguments = {key.replace('_', '-'): value
-                     for key, value in arguments.items()}
-        self.process.stdin.write(json.dumps(
-            {'execute': name, 'arguments': arguments}) + '\n')
-        self.process.stdin.flush()
-        while True:
-            answer = self.receive()
-            if 'event' not in answer:
-                return answer
-            self.events.append(answer)
-
-    def __call__(self, name, /, **arguments):
-        answer = self.ask(name, **arguments)
-        if 'error' in answer:
-            raise AssertionError(f'{name}: {answer["error"]["desc"]}')
-        return answer['return']
-
-    def fails(self, name, /, **arguments):
-        """The error's description; the command must fail."""
-        answer = self.ask(name, **arguments)
-        if 'error' not in answer:
-            raise AssertionError(f'{name} succeeded: {answer}')
-        return answer['error']['desc']
-
-    def wait_event(self, name, /, **data):
-        while True:
-            for event in self.events:
-                if event['event'] == name and all(
-                        event['data'].get(key) == value
-                        for key, value in data.items()):
-                    self.events.remove(event)
-                    return event['data']
-            answer = self.receive()
-            self.events.append(answer)
-
-    def __enter__(self):
-        return self
+    __call__ = bale_qmp.Qemu.command
 
     def __exit__(self, kind, *_):
         try:
-            if kind is None and self.process.returncode is None:
+            if kind is None and self.process.running():
                 self.stop()
         finally:
-            self.process.kill()
-            self.process.communicate()
+            super().__exit__()
 
     def stop(self):
-        """Ends the program in good order; returns its standard error."""
+        """Ends the program in good order; returns what it has printed."""
         self('quit')
-        _, err = self.process.communicate(timeout=60)
-        if self.process.returncode:
-            raise AssertionError(f'status {self.process.returncode}: {err}')
-        return err
+        status = self.process.process.wait(bale_qmp.QMP_TIMEOUT_S)
+        if status:
+            raise AssertionError(f'status {status}: {self.process.output()}')
+        return self.process.output()
 
 
 class Base(bale_iotests.TestCase):
@@ -394,7 +327,7 @@ class BlockdevTest(Base):
                     if name == 'system':
                         self.assertEqual(
                             [c['label'] for c in qmp('query-chardev')],
-                            ['qmp'])
+                            ['compat_monitor0'])
 
     def test_command_line_errors(self):
         for name, command, option in self.each():
@@ -654,8 +587,8 @@ class JobTest(Base):
             file={'driver': 'file', 'filename': 'src.qcow2'})
 
     def wait_job(self, qmp, job):
-        data = qmp.wait_event('BLOCK_JOB_COMPLETED', device=job)
-        self.assertNotIn('error', data)
+        event = qmp.wait_event('BLOCK_JOB_COMPLETED', device=job)
+        self.assertNotIn('error', event['data'])
 
     def test_compressed_backup_through_filter_under_qcow2(self):
         self.make_source()
