@@ -91,9 +91,8 @@ static void ahead_stored(BaleDeviceIo *io, int ret)
         a->busy = false;
         a->end = a->from + a->len;
     }
-    s->background--;
-    pthread_cond_broadcast(&s->log_cond);
     pthread_mutex_unlock(&s->log_lock);
+    bale_background_end(s);
 }
 
 /* Is it time, and for what?  Under log_lock. */

@@ -819,12 +819,11 @@ static void running_written_out(void *opaque, int ret)
     o->done = true;
     o->ret = ret;
     abandoned = o->abandoned;
-    s->background--;
-    pthread_cond_broadcast(&s->log_cond);
     pthread_mutex_unlock(&s->log_lock);
     if (abandoned) {
         g_free(o);
     }
+    bale_background_end(s);
 }
 
 /*
@@ -838,9 +837,8 @@ static int running_write_out(BaleStore *s)
     int ret = 0;
 
     o->store = s;
-    pthread_mutex_lock(&s->log_lock);
-    s->background++; /* if it is abandoned, whoever closes waits for it */
-    pthread_mutex_unlock(&s->log_lock);
+    /* If it is abandoned, whoever closes waits for it. */
+    bale_background_begin(s);
     bale_store_write_out(s, running_written_out, o);
     pthread_mutex_lock(&s->log_lock);
     while (!o->done && ret == 0) {

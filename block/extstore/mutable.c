@@ -276,10 +276,7 @@ static void mutable_out_end(MutableOut *o, int ret)
     mutable_finish_flushes(m, flushes, ret);
     mutable_kick(m);
 
-    pthread_mutex_lock(&s->log_lock);
-    s->background--;
-    pthread_cond_broadcast(&s->log_cond);
-    pthread_mutex_unlock(&s->log_lock);
+    bale_background_end(s);
 }
 
 /* On a worker: everything that the gaps need is there. */
@@ -324,9 +321,7 @@ static void mutable_out_start(MutableOut *o)
     BaleMutable *m = o->m;
     BaleStore *s = m->image->store;
 
-    pthread_mutex_lock(&s->log_lock);
-    s->background++;
-    pthread_mutex_unlock(&s->log_lock);
+    bale_background_begin(s);
     if (bale_seqcache_out_bytes(o->out) == s->cluster_size) {
         mutable_base_read(o, 0);
         return;
@@ -443,12 +438,9 @@ static void mutable_kick(BaleMutable *m)
             mutable_out_start(o);
         }
     }
-    if (held) {
+    while (held-- > 0) {
         /* Whoever was served may close the store after this. */
-        pthread_mutex_lock(&s->log_lock);
-        s->background -= held;
-        pthread_cond_broadcast(&s->log_cond);
-        pthread_mutex_unlock(&s->log_lock);
+        bale_background_end(s);
     }
 }
 
@@ -619,10 +611,7 @@ static void mutable_journal_work(BaleWork *work, void *context,
     mutable_finish_flushes(m, flushes, ret);
     mutable_kick(m);
 
-    pthread_mutex_lock(&s->log_lock);
-    s->background--;
-    pthread_cond_broadcast(&s->log_cond);
-    pthread_mutex_unlock(&s->log_lock);
+    bale_background_end(s);
 }
 
 /*
@@ -663,9 +652,7 @@ static bool mutable_journal_start(BaleMutable *m)
 {
     BaleStore *s = m->image->store;
 
-    pthread_mutex_lock(&s->log_lock);
-    s->background++;
-    pthread_mutex_unlock(&s->log_lock);
+    bale_background_begin(s);
     if (mutable_journal_now(m)) {
         return true;
     }

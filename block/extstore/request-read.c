@@ -590,9 +590,7 @@ static void image_readahead(BaleImage *image, uint64_t offset, uint64_t len,
     }
     stat_add(&s->stats.readahead, 1);
     stat_add(&s->stats.readahead_bytes, to - from);
-    pthread_mutex_lock(&s->log_lock);
-    s->background++;
-    pthread_mutex_unlock(&s->log_lock);
+    bale_background_begin(s);
     bale_request_add_clusters(req);
     bale_request_read(req);
 }

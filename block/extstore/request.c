@@ -205,10 +205,7 @@ static void request_complete(BaleRequest *req, int ret)
         req->done(req->opaque, ret);
     }
     if (req->kind == REQUEST_READAHEAD) {
-        pthread_mutex_lock(&s->log_lock);
-        s->background--;
-        pthread_cond_broadcast(&s->log_cond);
-        pthread_mutex_unlock(&s->log_lock);
+        bale_background_end(s);
     }
     request_free(req);
 }

@@ -344,7 +344,7 @@ struct BaleStore {
     BaleDeviceIo flush_io;
     BaleAhead ahead;
     uint64_t garbage_bytes;  /* since maintenance was last asked to look */
-    unsigned background;     /* device I/O that nobody else waits for */
+    unsigned background;     /* see bale_background_begin() */
     unsigned flush_forced;   /* whoever wants a device flush in any case */
     /* Appends that may not be in the index yet, before and after a mark. */
     unsigned appending[2];   /* atomic */
@@ -657,7 +657,13 @@ int bale_supers_write(BaleStore *s);
 /* store.c */
 /* Say that @what failed with @ret, a negative errno.  False. */
 bool bale_error_set(GError **errp, int ret, const char *what);
-/* Wait for read-ahead and write-outs. */
+/*
+ * Something goes on that uses the store and that nobody waits for: read-ahead,
+ * a write-out.  After _end() the store may be gone.
+ */
+void bale_background_begin(BaleStore *s);
+void bale_background_end(BaleStore *s);
+/* Wait until nothing of that kind goes on. */
 void bale_store_quiesce(BaleStore *s);
 
 /* recover.c */

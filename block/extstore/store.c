@@ -610,7 +610,21 @@ BaleStore *bale_store_open(BaleDevice *dev, const BaleOpenOptions *o,
 
 /* --- close --- */
 
-/* Wait for read-ahead and write-outs. */
+void bale_background_begin(BaleStore *s)
+{
+    pthread_mutex_lock(&s->log_lock);
+    s->background++;
+    pthread_mutex_unlock(&s->log_lock);
+}
+
+void bale_background_end(BaleStore *s)
+{
+    pthread_mutex_lock(&s->log_lock);
+    s->background--;
+    pthread_cond_broadcast(&s->log_cond);
+    pthread_mutex_unlock(&s->log_lock);
+}
+
 void bale_store_quiesce(BaleStore *s)
 {
     pthread_mutex_lock(&s->log_lock);
