@@ -402,7 +402,7 @@ static void mutable_kick(BaleMutable *m)
         pthread_mutex_lock(&m->lock);
         if (m->frozen) {
             pthread_mutex_unlock(&m->lock);
-            return;
+            break;
         }
         if (m->flushes && !m->journaling && mutable_due(m, true)) {
             m->journaling = journal = true;
@@ -640,6 +640,7 @@ static bool mutable_journal_now(BaleMutable *m)
         due = m->flushes && mutable_due(m, true);
     }
     m->journaling = due;
+    pthread_cond_broadcast(&m->idle);
     pthread_mutex_unlock(&m->lock);
     return !due;
 }

@@ -379,7 +379,61 @@ static void test_clone_delete(void)
     fixture_clear(&f);
 }
 
-/* After flattening nothing lies under the image; it shows the same. */
+/* A device that deletes image "a" beside its next store when it is told to. */
+static struct {
+    const BaleDeviceOps *ops;
+    BaleStore *store;
+    bool armed;
+    GThread *thread;
+} beside;
+
+static void *beside_delete(void *opaque)
+{
+    g_autoptr(GError) err = NULL;
+
+    g_assert_true(bale_image_delete(beside.store, "a", &err));
+    g_assert_no_error(err);
+    return NULL;
+}
+
+static void beside_store(BaleDevice *dev, BaleDeviceIo *io)
+{
+    if (__atomic_exchange_n(&beside.armed, false, __ATOMIC_ACQ_REL)) {
+        beside.thread = g_thread_new("delete", beside_delete, NULL);
+        /* Time to come as far as it can. */
+        g_usleep(100000);
+    }
+    beside.ops->store(dev, io);
+}
+
+/* Both end, and the store can be closed, wherever the deletion meets it. */
+static void test_delete_beside_flush(void)
+{
+    BaleDeviceOps ops;
+    Fixture f;
+    Model *a;
+
+    fixture_init(&f, "base");
+    a = clone_image(&f, g_ptr_array_index(f.models, 0), "a");
+    model_write(a, 0, IMAGE_SIZE, 3);
+    g_assert_cmpint(bale_store_flush_sync(f.store), ==, 0);
+    model_write(a, 4096, 4096, 5);
+    bale_image_close(a->image);
+    ops = *f.dev->ops;
+    ops.store = beside_store;
+    beside.ops = f.dev->ops;
+    beside.store = f.store;
+    beside.armed = true;
+    f.dev->ops = &ops;
+    g_assert_cmpint(bale_store_flush_sync(f.store), ==, 0);
+    g_assert_nonnull(beside.thread);
+    g_thread_join(beside.thread);
+    f.dev->ops = beside.ops;
+    g_ptr_array_remove(f.models, a);
+    check_all(&f);
+    fixture_clear(&f);
+}
+
 /*
  * A full device refuses to begin a session, so that nothing can be written out
  * and the image cannot be deleted: it keeps what was written to it.
@@ -421,6 +475,7 @@ static void test_delete_full(void)
     fixture_clear(&f);
 }
 
+/* After flattening nothing lies under the image; it shows the same. */
 static void test_flatten(void)
 {
     g_autoptr(GError) err = NULL;
@@ -894,6 +949,7 @@ int main(int argc, char **argv)
     g_test_add_func("/layers/shrink-over-parent", test_shrink_over_parent);
     g_test_add_func("/layers/clone-delete", test_clone_delete);
     g_test_add_func("/layers/delete-full", test_delete_full);
+    g_test_add_func("/layers/delete-beside-flush", test_delete_beside_flush);
     g_test_add_func("/layers/flatten", test_flatten);
     g_test_add_func("/layers/skip-unchanged", test_skip_unchanged);
     g_test_add_func("/layers/names", test_names);
