@@ -12,6 +12,9 @@ from bale_qmp import Qemu, QmpError
 SYSTEM, DAEMON = 'qemu-system-x86_64', 'qemu-storage-daemon'
 # qemu-io takes the bytes to write from a file of this length
 PIECE = 192 * KIB
+# Bytes a second: a backup job of these disks is not at its end by itself within
+# minutes, so that it can be watched, paused and cancelled on any machine
+SLOW = 16 * KIB
 
 
 class Disk:
@@ -208,5 +211,5 @@ def same(raw, image):
         raise AssertionError(f'{image} is not as long as {raw}')
 
 
-__all__ = ['DAEMON', 'SYSTEM', 'Disk', 'KIB', 'MIB', 'Machine', 'io', 'layer',
-           'same']
+__all__ = ['DAEMON', 'SLOW', 'SYSTEM', 'Disk', 'KIB', 'MIB', 'Machine', 'io',
+           'layer', 'same']

@@ -22,6 +22,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,7 @@ MODULE = os.path.join(BUILD, 'block/bale-module.so')
 BUILD_IDS = os.path.join(BUILD, 'block/bale.build-ids')
 # True: run the full counts and not what fits into every run of the tests
 LONG = bool(os.environ.get('BALE_LONG'))
-# A single program that takes longer than this hangs
+# A single program, or anything waited for, that takes longer than this hangs
 TIMEOUT_S = 300
 
 SKIP_STATUS = 77
@@ -140,7 +141,7 @@ class Background:
 
     def __init__(self, *command, env=None):
         self.command = [str(word) for word in command]
-        self.log = tempfile.TemporaryFile('w+', errors='replace')
+        self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             self.command, env={**os.environ, **(env or {})},
             stdin=subprocess.DEVNULL, stdout=self.log,
@@ -153,8 +154,10 @@ class Background:
         self.stop()
 
     def output(self):
-        self.log.seek(0)
-        return self.log.read()
+        """What it has printed so far. The file's offset is the program's as
+        well: it must not be moved by reading."""
+        log = self.log.fileno()
+        return os.pread(log, os.fstat(log).st_size, 0).decode(errors='replace')
 
     def running(self):
         return self.process.poll() is None
@@ -167,7 +170,7 @@ class Background:
             pass
         self.process.wait()
 
-    def stop(self, timeout_s=30):
+    def stop(self, timeout_s=TIMEOUT_S):
         """SIGTERM, then SIGKILL; returns the status."""
         if self.running():
             self.process.terminate()
@@ -180,7 +183,7 @@ class Background:
         return self.process.returncode if status is None else status
 
 
-def wait_until(condition, what, timeout_s=60):
+def wait_until(condition, what, timeout_s=TIMEOUT_S):
     """Waits until condition() is true; fails naming `what` when it stays
     false. What it returned is returned."""
     end = time.monotonic() + timeout_s
@@ -191,6 +194,29 @@ def wait_until(condition, what, timeout_s=60):
         if time.monotonic() > end:
             raise AssertionError(f'still not after {timeout_s} s: {what}')
         time.sleep(0.02)
+
+
+def nbd_answers(path):
+    """Whether an NBD server is ready at a socket.
+
+    That the socket exists does not say so: qemu-nbd makes it before it opens
+    the image, and any server a moment before it listens.
+    """
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(TIMEOUT_S)
+        try:
+            client.connect(path)
+            return client.recv(1) != b''
+        except OSError:
+            return False
+
+
+def wait_for_nbd(server, path):
+    """Waits for a Background that serves NBD at @path, to more than one client
+    one after the other. False when it has ended instead."""
+    wait_until(lambda: not server.running() or nbd_answers(path),
+               'the NBD server answers')
+    return server.running()
 
 
 class TestCase(unittest.TestCase):

@@ -15,9 +15,8 @@ import random
 import socket
 import struct
 import subprocess
-import time
 
-from bale_iotests import BALE
+from bale_iotests import BALE, TIMEOUT_S
 
 SECTOR = 512
 POOL = random.Random(4711).randbytes(1 << 16)
@@ -175,8 +174,6 @@ NBD_REQUEST_MAGIC, NBD_REPLY_MAGIC = 0x25609513, 0x67446698
 # Requests that QEMU's server takes at once, less some
 UNDER_WAY_MAX = 12
 READ_SECTORS = 64
-TIMEOUT_S = 120
-CONNECTS_MAX = 500
 
 
 class NbdClient:
@@ -193,20 +190,11 @@ class NbdClient:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(TIMEOUT_S)
         try:
-            self.connect(path)
+            self.socket.connect(path)
             self.negotiate()
         except BaseException:
             self.socket.close()
             raise
-
-    def connect(self, path):
-        # A socket is there a moment before somebody listens
-        for _ in range(CONNECTS_MAX):
-            try:
-                return self.socket.connect(path)
-            except ConnectionRefusedError:
-                time.sleep(0.02)
-        raise ConnectionError('nobody listens')
 
     def negotiate(self):
         magic, option, flags = struct.unpack('>8s8sH', self.receive(18))

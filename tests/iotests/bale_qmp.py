@@ -5,11 +5,8 @@ import collections
 import json
 import os
 import socket
-import time
 
-from bale_iotests import BALE, Background, wait_until
-
-QMP_TIMEOUT_S = 120
+from bale_iotests import BALE, TIMEOUT_S, Background, wait_until
 
 
 class QmpError(Exception):
@@ -50,8 +47,8 @@ class Qemu:
                    not self.process.running(), 'QMP socket')
         try:
             self.socket = socket.socket(socket.AF_UNIX)
-            self.socket.settimeout(QMP_TIMEOUT_S)
-            self.connect()
+            self.socket.settimeout(TIMEOUT_S)
+            wait_until(self.connect, 'somebody listens')
             # For reading only: a text stream that is written to forgets what
             # it has read ahead, and events with it.
             self.stream = self.socket.makefile('r', encoding='utf-8')
@@ -64,18 +61,20 @@ class Qemu:
         return self
 
     def connect(self):
-        for _ in range(100):
-            try:
-                return self.socket.connect(self.path)
-            except (ConnectionRefusedError, FileNotFoundError):
-                time.sleep(0.05)
-        raise AssertionError('nobody listens')
+        """False: not yet. qemu-system writes its pid before it listens."""
+        try:
+            self.socket.connect(self.path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            if not self.process.running():
+                raise AssertionError('it has ended') from None
+            return False
+        return True
 
     def __exit__(self, *_):
         try:
             if self.process.running():
                 self.command('quit')
-                self.process.process.wait(QMP_TIMEOUT_S)
+                self.process.process.wait(TIMEOUT_S)
         except (OSError, ValueError, EOFError):
             pass
         finally:

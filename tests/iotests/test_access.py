@@ -13,7 +13,7 @@ import bale_iotests
 from bale_images import KIB, MIB, check, create, io, loop_device, make_raw, \
     sha256
 from bale_iotests import BALE, Background, bale, qemu, qemu_img, \
-    qemu_img_info, qemu_io, run, wait_until
+    qemu_img_info, qemu_io, run, wait_for_nbd, wait_until
 from bale_qmp import Qemu
 
 SYSTEM = 'qemu-system-x86_64'
@@ -85,15 +85,13 @@ class LockTest(bale_iotests.TestCase):
             os.unlink('nbd.sock')
         with Background(BALE, 'run', 'qemu-nbd', '-f', 'bale', '-k',
                         self.path('nbd.sock'), '-t', path) as server:
-            wait_until(lambda: os.path.exists('nbd.sock') or
-                       not server.running(), 'qemu-nbd')
-            self.assertTrue(server.running(), server.output())
+            self.assertTrue(wait_for_nbd(server, 'nbd.sock'), server.output())
             yield
 
     @contextlib.contextmanager
     def command_reads(self, path):
         """A verify that takes its time."""
-        with Background(BALE, 'verify', '--rate-limit', '64K', path) as job:
+        with Background(BALE, 'verify', '--rate-limit', '4K', path) as job:
             wait_until(lambda: not job.running() or
                        self.holds(job.process.pid, path), 'bale verify')
             self.assertTrue(job.running(), job.output())
@@ -243,7 +241,7 @@ class DescriptorTest(bale_iotests.TestCase):
     def test_of_the_command(self):
         create('x.bale', 8 * MIB, 'compression_type=none')
         io('x.bale', 'write -P 1 0 4M')
-        with Background(BALE, 'verify', '--rate-limit', '64K',
+        with Background(BALE, 'verify', '--rate-limit', '4K',
                         'x.bale') as job:
             wait_until(lambda: not job.running() or
                        LockTest.holds(job.process.pid, 'x.bale'), 'verify')

@@ -7,7 +7,7 @@ point is compared byte for byte."""
 import os
 
 import bale_iotests
-from bale_backup import DAEMON, SYSTEM, Disk, KIB, MIB, Machine, layer, same
+from bale_backup import DAEMON, SLOW, SYSTEM, Disk, MIB, Machine, layer, same
 from bale_images import check, sha256
 from bale_iotests import qemu_img, qemu_img_info, qemu_img_map
 
@@ -40,7 +40,7 @@ class SyncTest(Base):
             vm.add_target('t', 't.bale')
             then = disk.freeze('then')
             vm.command('blockdev-backup', job_id='j', device=disk.name,
-                       target='t', sync='full', speed=4 * MIB)
+                       target='t', sync='full', speed=SLOW)
             for _ in range(4):
                 vm.write(disk)
             self.assertGreater(vm.progress('j')['speed'], 0)
@@ -206,7 +206,7 @@ class BitmapTest(Base):
             vm.add_target('t', 'always.bale')
             vm.command('blockdev-backup', job_id='j', device='d', target='t',
                        sync='bitmap', bitmap='b', bitmap_mode='always',
-                       speed=256 * KIB)
+                       speed=SLOW)
             vm.command('block-job-cancel', device='j')
             self.assertEqual(vm.end_of('j'), 'cancelled')
             self.assertEqual(vm.backup('d', 't', 'bitmap', bitmap='b',

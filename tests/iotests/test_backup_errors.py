@@ -7,8 +7,8 @@ import contextlib
 import os
 
 import bale_iotests
-from bale_backup import DAEMON, SYSTEM, Disk, MIB, Machine, layer, same
-from bale_images import check, sha256
+from bale_backup import DAEMON, SLOW, SYSTEM, Disk, MIB, Machine, layer, same
+from bale_images import check, check_killed, sha256
 from bale_iotests import qemu_img, run, wait_until
 
 
@@ -176,7 +176,7 @@ class ControlTest(Base):
                     vm.add_target('t', 'i.bale')
                     vm.command('blockdev-backup', job_id='j',
                                device=disk.name, target='t', bitmap='b',
-                               sync='incremental', speed=MIB)
+                               sync='incremental', speed=SLOW)
                     vm.command('block-job-cancel', device='j')
                     self.assertEqual(vm.end_of('j'), 'cancelled')
                     self.assertEqual(vm.dirty(disk.name, 'b'), dirty)
@@ -197,7 +197,7 @@ class ControlTest(Base):
             vm.add_target('t', 't.bale')
             raw = disk.freeze('then')
             vm.command('blockdev-backup', job_id='j', device='d', target='t',
-                       sync='full', speed=2 * MIB)
+                       sync='full', speed=SLOW)
             vm.command('block-job-pause', device='j')
             wait_until(lambda: vm.progress('j')['status'] == 'paused',
                        'the job is paused')
@@ -224,10 +224,10 @@ class ControlTest(Base):
             layer('i.bale', disk.size, 'full.bale')
             vm.add_target('t', 'i.bale')
             vm.command('blockdev-backup', job_id='j', device='d', target='t',
-                       sync='incremental', bitmap='b', speed=MIB)
+                       sync='incremental', bitmap='b', speed=SLOW)
             vm.process.kill()
         self.assertEqual(sha256('full.bale'), before)
-        check('i.bale')
+        check_killed('i.bale')
         qemu_img('compare', '-q', '-f', 'raw', '-F', 'qcow2', raw, disk.file)
 
 

@@ -10,7 +10,7 @@ import re
 import bale_iotests
 from bale_backup import MIB, layer
 from bale_guest import Guest, files_in, make_disk
-from bale_images import check, sha256
+from bale_images import check, check_killed, sha256
 from bale_iotests import qemu_img, run
 
 
@@ -95,7 +95,7 @@ class GuestTest(bale_iotests.TestCase):
             vm.wait_written(5)
             count = vm.written()
             vm.process.kill()
-        check('d.bale')
+        check_killed('d.bale')
         self.has('d.bale', count)
 
     def read_data(self, image):

@@ -9,7 +9,7 @@ import bale_forge
 import bale_iotests
 from bale_images import GIB, KIB, MIB, check, create, io, make_raw, sha256
 from bale_iotests import (BALE, Background, bale_for_everybody, qemu_img,
-                          qemu_io, run, wait_until)
+                          qemu_io, run, wait_for_nbd)
 
 NOBODY = 65534
 
@@ -264,8 +264,8 @@ class BadPlaceTest(bale_iotests.TestCase):
         create('x.bale', 64 * MIB)
         socket = self.path('nbd.sock')
         with Background(BALE, 'run', 'qemu-nbd', '-f', 'bale', '-k', socket,
-                        '-t', 'x.bale'):
-            wait_until(lambda: os.path.exists(socket), 'qemu-nbd listens')
+                        '-t', 'x.bale') as server:
+            self.assertTrue(wait_for_nbd(server, socket), server.output())
             before = sha256('x.bale')
             for result in (
                     qemu_io('-f', 'bale', '-c', 'write 0 4k', 'x.bale',
@@ -283,8 +283,8 @@ class BadPlaceTest(bale_iotests.TestCase):
         io('x.bale', 'write -P 1 0 1M')
         socket = self.path('nbd.sock')
         with Background(BALE, 'run', 'qemu-nbd', '-r', '-f', 'bale', '-k',
-                        socket, '-t', 'x.bale'):
-            wait_until(lambda: os.path.exists(socket), 'qemu-nbd listens')
+                        socket, '-t', 'x.bale') as server:
+            self.assertTrue(wait_for_nbd(server, socket), server.output())
             io('x.bale', 'read -P 1 0 1M', options=('-r',))
 
     def test_a_full_disk_while_creating(self):

@@ -205,8 +205,9 @@ class ConvertTest(bale_iotests.TestCase):
             check=0)
         with open('fs.img', 'wb') as file:
             file.truncate(62 * MIB)
-        run('mkfs.ext4', '-q', '-d', os.path.dirname(__file__), 'fs.img',
-            check=0)
+        # Not this directory: Python makes files in it while tests run
+        run('mkfs.ext4', '-q', '-d', os.path.join(bale_iotests.TOP, 'block'),
+            'fs.img', check=0)
         run('dd', 'if=fs.img', 'of=disk.img', 'bs=1M', 'seek=1',
             'conv=notrunc,sparse', 'status=none', check=0)
         self.raw = 'disk.img'

@@ -6,8 +6,8 @@ import json
 import os
 
 import bale_iotests
-from bale_images import (GIB, KIB, MIB, check, compare, create, io,
-                         make_raw)
+from bale_images import (GIB, KIB, MIB, check, check_killed, compare,
+                         create, io, make_raw)
 from bale_iotests import qemu_img, qemu_img_info, run
 
 
@@ -226,7 +226,7 @@ class CheckTest(bale_iotests.TestCase):
         run(bale_iotests.BALE, 'run', 'qemu-io', '-f', 'bale', '-c',
             'write -P 1 0 1M', '-c', 'flush', '-c', 'write -P 2 1M 1M', '-c',
             'sigraise 9', 't.bale')
-        check('t.bale')
+        check_killed('t.bale')
         io('t.bale', 'read -P 1 0 1M', 'write -P 3 2M 1M')
         io('t.bale', 'read -P 1 0 1M', 'read -P 3 2M 1M')
 

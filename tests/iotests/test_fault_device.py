@@ -10,6 +10,7 @@ Without /dev/fuse only the tests through NBD run.
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import struct
@@ -17,7 +18,8 @@ import time
 
 import bale_iotests
 from bale_images import KIB, MIB
-from bale_iotests import BALE, BUILD, LONG, Background, bale, run, wait_until
+from bale_iotests import BALE, BUILD, LONG, Background, bale, run, \
+    wait_for_nbd, wait_until
 from bale_oracle import NbdClient, Oracle
 from bale_qmp import Qemu
 
@@ -60,9 +62,7 @@ class DeviceCase(bale_iotests.TestCase):
             os.unlink('kit.sock')
         with Background('nbdkit', '-f', '-U', self.path('kit.sock'),
                         *words) as server:
-            wait_until(lambda: os.path.exists('kit.sock') or
-                       not server.running(), 'nbdkit')
-            self.assertTrue(server.running(), server.output())
+            self.assertTrue(wait_for_nbd(server, 'kit.sock'), server.output())
             yield
 
     def errors(self):
@@ -193,9 +193,7 @@ class DriverTest(DeviceCase):
     def fail_once(self, child, what, oracle, lost):
         """Works, fails, works: then it is killed."""
         with self.serve(child) as server:
-            wait_until(lambda: os.path.exists('nbd.sock') or
-                       not server.running(), 'qemu-nbd')
-            self.assertTrue(server.running(), server.output())
+            self.assertTrue(wait_for_nbd(server, 'nbd.sock'), server.output())
             client = NbdClient(self.path('nbd.sock'), oracle)
             for _ in range(self.random.randrange(5, 40)):
                 client.random_request(self.random)
@@ -226,7 +224,8 @@ class DriverTest(DeviceCase):
             errors = client.check_reads()
             if not lost:
                 self.assertEqual(errors, 0, 'reads fail, nothing is lost')
-            self.assertRegex(server.output(), 'bale.*failed')
+            wait_until(lambda: re.search('bale.*failed', server.output()),
+                       'it says so')
 
             self.disarm(what)
             client.failures.clear()

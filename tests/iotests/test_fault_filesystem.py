@@ -18,7 +18,8 @@ import time
 
 import bale_iotests
 from bale_images import MIB, loop_device
-from bale_iotests import BALE, BUILD, LONG, Background, bale, run, wait_until
+from bale_iotests import BALE, BUILD, LONG, Background, bale, run, \
+    wait_for_nbd, wait_until
 from bale_oracle import NbdClient, Oracle
 
 STRESS = os.path.join(BUILD, 'tests/stress/stress')
@@ -68,7 +69,8 @@ class FileSystemCase(bale_iotests.TestCase):
                           f'{result.err.strip()}')
 
     def crash_and_mount(self):
-        run('umount', 'mnt', check=0)
+        # Somebody who died may still be on his way out
+        wait_until(lambda: run('umount', 'mnt').status == 0, 'it is unmounted')
         self.mount()
 
     def check_store(self, path):
@@ -128,9 +130,8 @@ class Tests:
                                 '--cache', ('none', 'writeback')[number % 2],
                                 '-k', self.path('nbd.sock'),
                                 'mnt/s.bale') as server:
-                    wait_until(lambda: os.path.exists('nbd.sock') or
-                               not server.running(), 'qemu-nbd')
-                    self.assertTrue(server.running(), server.output())
+                    self.assertTrue(wait_for_nbd(server, 'nbd.sock'),
+                                    server.output())
                     down = []
                     client = NbdClient(self.path('nbd.sock'), oracle,
                                        lambda down=down: len(down))

@@ -16,7 +16,7 @@ import time
 import bale_iotests
 from bale_images import KIB, MIB, loop_device, patterned
 from bale_iotests import BALE, BUILD, LONG, Background, bale, qemu_img, run, \
-    wait_until
+    wait_for_nbd, wait_until
 from bale_oracle import SECTOR, NbdClient, Oracle, QemuIo
 
 READER = os.path.join(bale_iotests.TOP, 'scripts/bale-reader.py')
@@ -142,9 +142,7 @@ class QemuTest(KillCase):
         with Background(BALE, 'run', 'qemu-nbd', '-f', 'bale', '-t', '--cache',
                         cache, '--discard', 'unmap', '-k',
                         self.path('nbd.sock'), path) as server:
-            wait_until(lambda: os.path.exists('nbd.sock') or
-                       not server.running(), 'qemu-nbd')
-            self.assertTrue(server.running(), server.output())
+            self.assertTrue(wait_for_nbd(server, 'nbd.sock'), server.output())
             client = NbdClient(self.path('nbd.sock'), oracle)
             end = time.monotonic() + self.moment()
             while time.monotonic() < end:

@@ -16,7 +16,7 @@ import struct
 import bale_iotests
 from bale_images import MIB, patterned
 from bale_iotests import BALE, LONG, Background, bale, qemu_img, run, \
-    wait_until
+    wait_for_nbd
 from bale_oracle import SECTOR, NbdClient, Oracle
 
 SIZE = 2 * MIB
@@ -77,9 +77,7 @@ class StackCase(bale_iotests.TestCase):
 
     def wait_for(self, server):
         """True when it serves, False when it could not open the store."""
-        wait_until(lambda: os.path.exists('nbd.sock') or
-                   not server.running(), 'qemu-nbd')
-        return server.running() or os.path.exists('nbd.sock')
+        return wait_for_nbd(server, 'nbd.sock')
 
     def check_store(self, path, also_qemu_img=False):
         # Buffered: O_DIRECT would wait for what the test has just written
@@ -286,12 +284,7 @@ class BlkdebugTest(StackCase):
             if not self.wait_for(server):
                 self.assertRegex(server.output(), 'rror|No space', what)
                 return 'not opened'
-            try:
-                client = NbdClient(self.path('nbd.sock'), oracle)
-            except ConnectionError:
-                # It listened before it opened the store
-                wait_until(lambda: not server.running(), what)
-                return 'not opened'
+            client = NbdClient(self.path('nbd.sock'), oracle)
             for _ in range(self.random.randrange(20, 60)):
                 client.random_request(self.random)
             client.drain()

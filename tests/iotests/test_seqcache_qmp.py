@@ -8,7 +8,8 @@ import os
 
 import bale_iotests
 import bale_qmp
-from bale_iotests import BALE, LONG, qemu_img, qemu_img_info, run
+from bale_iotests import BALE, LONG, TIMEOUT_S, qemu_img, qemu_img_info, run, \
+    wait_until
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -32,7 +33,7 @@ class Qmp(bale_qmp.Qemu):
     def stop(self):
         """Ends the program in good order; returns what it has printed."""
         self('quit')
-        status = self.process.process.wait(bale_qmp.QMP_TIMEOUT_S)
+        status = self.process.process.wait(TIMEOUT_S)
         if status:
             raise AssertionError(f'status {status}: {self.process.output()}')
         return self.process.output()
@@ -387,6 +388,13 @@ class ErrorTest(Base):
                      'image': {'driver': 'file', 'filename': 'a.raw'}},
             **more})
 
+    def fail_in_the_background(self, qmp):
+        """Fills a cluster, so it is written out at once, and fails. The
+        client is killed, so that it does not flush."""
+        self.write_through_nbd(qmp, 'cache0', 'write -P 1 0 4096', 'abort')
+        wait_until(lambda: qmp('query-seqcache')[0]['errors'],
+                   'the write-out fails')
+
     def test_error_reaches_flush_and_data_stays(self):
         with Qmp(*DAEMON) as qmp:
             self.failing(qmp)
@@ -409,10 +417,7 @@ class ErrorTest(Base):
         with Qmp(*DAEMON) as qmp:
             self.failing(qmp, **{'cluster-size': 4096})
             qmp.nbd = None
-            # Fills a cluster, so it is written out at once, and fails. Kill
-            # the client so that it does not flush.
-            self.write_through_nbd(qmp, 'cache0', 'write -P 1 0 4096',
-                                   'sleep 200', 'abort')
+            self.fail_in_the_background(qmp)
             info, = qmp('query-seqcache')
             self.assertEqual(info['errors'], 1)
             self.assertIn("offset 0 to node 'below'", info['error'])
@@ -431,8 +436,7 @@ class ErrorTest(Base):
     def test_untold_error_is_told_once(self):
         with Qmp(*DAEMON) as qmp:
             self.failing(qmp, **{'cluster-size': 4096})
-            self.write_through_nbd(qmp, 'cache0', 'write -P 1 0 4096',
-                                   'sleep 200', 'abort')
+            self.fail_in_the_background(qmp)
             self.assertIn("offset 0 to node 'below'",
                           qmp.fails('seqcache-flush', node_name='cache0'))
             qmp('seqcache-flush', node_name='cache0')
@@ -560,12 +564,12 @@ class OrderTest(Base):
                 **{'flush-interval': 100}))
             self.write_through_nbd(qmp, 'cache0', 'write -P 5 77 1000',
                                    'abort')
-            bale_iotests.wait_until(
+            wait_until(
                 lambda: qmp('query-seqcache')[0]['bytes-dirty'] == 0,
                 'old data is written out')
             self.assertEqual(qmp('query-seqcache')[0]['flushes'], 0)
             # What is on its way is not dirty any more.
-            bale_iotests.wait_until(
+            wait_until(
                 lambda: written() == b'\5' * 1000,
                 'it is there')
 
@@ -589,6 +593,9 @@ class JobTest(Base):
     def wait_job(self, qmp, job):
         event = qmp.wait_event('BLOCK_JOB_COMPLETED', device=job)
         self.assertNotIn('error', event['data'])
+        # Its nodes are the job's until it is gone
+        wait_until(lambda: job not in [j['id'] for j in qmp('query-jobs')],
+                   'the job is gone')
 
     def test_compressed_backup_through_filter_under_qcow2(self):
         self.make_source()
