@@ -113,6 +113,8 @@ static BaleNodeStats *get_stats(BaleStore *store)
     COPY(write_bytes);
     COPY(zeroes);
     COPY(zero_bytes);
+    COPY(reads_held);
+    COPY(reads_at_once);
     COPY(read_modify_writes);
     COPY(memory_hits);
     COPY(incompressible);

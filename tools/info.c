@@ -66,6 +66,8 @@ static const Counter store_counters[] = {
     STORE_COUNTER("write-bytes", write_bytes),
     STORE_COUNTER("zeroes", zeroes),
     STORE_COUNTER("zero-bytes", zero_bytes),
+    STORE_COUNTER("reads-held", reads_held),
+    STORE_COUNTER("reads-at-once", reads_at_once),
     STORE_COUNTER("read-modify-writes", read_modify_writes),
     STORE_COUNTER("memory-hits", memory_hits),
     STORE_COUNTER("incompressible", incompressible),

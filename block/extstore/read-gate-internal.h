@@ -36,7 +36,6 @@ typedef struct BaleReadGate {
 
 /* What the limit depends on, as it is now. */
 typedef struct BaleGateLoad {
-    uint64_t now_ns;
     unsigned decoders; /* threads */
     uint64_t asked;    /* reads that callers wait for, wherever they are */
 } BaleGateLoad;
@@ -48,12 +47,16 @@ void bale_read_gate_destroy(BaleReadGate *gate);
  * Give @io, which is complete but for the device's own part, to the device,
  * now or when others have left.  Both are the gate's until @io is done.  The
  * gate is used after that: so the caller of this and of _leave() is a worker,
- * or has a request under way that keeps the store.
+ * or has a request under way that keeps the store.  True: it had to wait.
  */
-void bale_read_gate_enter(BaleReadGate *gate, BaleGateItem *item,
+bool bale_read_gate_enter(BaleReadGate *gate, BaleGateItem *item,
                           BaleDeviceIo *io, const BaleGateLoad *load);
 
 /* The io of a read that had entered is done; called by its completion. */
-void bale_read_gate_leave(BaleReadGate *gate, const BaleGateLoad *load);
+void bale_read_gate_leave(BaleReadGate *gate, const BaleGateLoad *load,
+                          uint64_t now_ns);
+
+/* How many reads the device may have at once, now; 0: there is no limit. */
+uint64_t bale_read_gate_width(BaleReadGate *gate, const BaleGateLoad *load);
 
 #endif

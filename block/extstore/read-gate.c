@@ -93,9 +93,9 @@ static void gate_judge_locked(BaleReadGate *gate, uint64_t rate)
     }
 }
 
-static void gate_count_locked(BaleReadGate *gate, const BaleGateLoad *load)
+static void gate_count_locked(BaleReadGate *gate, uint64_t now_ns)
 {
-    uint64_t ns = load->now_ns - gate->window_start_ns;
+    uint64_t ns = now_ns - gate->window_start_ns;
 
     if (++gate->window_reads < GATE_WINDOW) {
         return;
@@ -103,7 +103,7 @@ static void gate_count_locked(BaleReadGate *gate, const BaleGateLoad *load)
     if (gate->window_pressed >= GATE_PRESSED_MIN && gate->window_start_ns) {
         gate_judge_locked(gate, GATE_WINDOW * 1000000000ull / MAX(ns, 1));
     }
-    gate->window_start_ns = load->now_ns;
+    gate->window_start_ns = now_ns;
     gate->window_reads = gate->window_pressed = 0;
 }
 
@@ -127,22 +127,38 @@ static void gate_admit_unlock(BaleReadGate *gate, const BaleGateLoad *load)
     pthread_mutex_unlock(&gate->lock);
 }
 
-void bale_read_gate_enter(BaleReadGate *gate, BaleGateItem *item,
+bool bale_read_gate_enter(BaleReadGate *gate, BaleGateItem *item,
                           BaleDeviceIo *io, const BaleGateLoad *load)
 {
+    bool pressed, held;
+
     *item = (BaleGateItem){ .io = io };
     pthread_mutex_lock(&gate->lock);
-    gate->window_pressed += gate->inside >= gate_limit(load);
+    pressed = gate->inside >= gate_limit(load);
+    gate->window_pressed += pressed;
+    held = pressed && gate->closed;
     *gate->last = item;
     gate->last = &item->next;
     gate_admit_unlock(gate, load);
+    return held;
 }
 
-void bale_read_gate_leave(BaleReadGate *gate, const BaleGateLoad *load)
+void bale_read_gate_leave(BaleReadGate *gate, const BaleGateLoad *load,
+                          uint64_t now_ns)
 {
     pthread_mutex_lock(&gate->lock);
     g_assert(gate->inside);
     gate->inside--;
-    gate_count_locked(gate, load);
+    gate_count_locked(gate, now_ns);
     gate_admit_unlock(gate, load);
+}
+
+uint64_t bale_read_gate_width(BaleReadGate *gate, const BaleGateLoad *load)
+{
+    uint64_t width;
+
+    pthread_mutex_lock(&gate->lock);
+    width = gate->closed ? gate_limit(load) : 0;
+    pthread_mutex_unlock(&gate->lock);
+    return width;
 }

@@ -263,7 +263,6 @@ bool bale_reads_help(BaleStore *s)
 static BaleGateLoad gate_load(BaleStore *s)
 {
     return (BaleGateLoad){
-        .now_ns = bale_now_ns(),
         .decoders = bale_workers_threads(s->workers),
         .asked = __atomic_load_n(&s->reads_in_flight, __ATOMIC_RELAXED),
     };
@@ -279,7 +278,7 @@ static void run_done(BaleDeviceIo *io, int ret)
         BaleGateLoad load = gate_load(s);
 
         /* The device first: it is to be busy while we decompress. */
-        bale_read_gate_leave(&s->read_gate, &load);
+        bale_read_gate_leave(&s->read_gate, &load, bale_now_ns());
     }
     while (op) {
         BaleClusterOp *next = op->run_next;
@@ -316,7 +315,10 @@ static void runs_submit(BaleStore *s, BaleReadRun *runs)
         if (run->gated) {
             BaleGateLoad load = gate_load(s);
 
-            bale_read_gate_enter(&s->read_gate, &run->gate, &run->io, &load);
+            if (bale_read_gate_enter(&s->read_gate, &run->gate, &run->io,
+                                     &load)) {
+                stat_add(&s->stats.reads_held, 1);
+            }
         } else if (run->io.buf) {
             s->dev->ops->get(s->dev, &run->io);
         } else {

@@ -4,8 +4,9 @@
  * Counters live in BaleStore.stats and are added to where things happen;
  * everything that has a value "now" is asked of its owner here.
  *
- * Threads: any.  Takes the mutable region's lock, the cache's, log_lock and
- * the workers' mutex, one after the other, and no session_lock.
+ * Threads: any.  Takes the mutable region's lock, the cache's, log_lock, the
+ * workers' mutex and the read gate's lock, one after the other, and no
+ * session_lock.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -138,6 +139,9 @@ static void stats_queues(BaleStore *s, BaleStoreStats *stats)
     for (unsigned i = 0; i < BALE_WORK__PRIORITIES; i++) {
         stats->workers_queued += workers.queued[i];
     }
+    stats->reads_at_once = bale_read_gate_width(
+        &s->read_gate,
+        &(BaleGateLoad){ workers.threads, stats->reads_in_flight });
 }
 
 void bale_store_get_stats(BaleStore *s, BaleStoreStats *stats)

@@ -328,6 +328,9 @@ typedef struct BaleStoreStats {
                                         * directories, checkpoints and copies,
                                         * per 1000 stored_bytes */
     uint64_t reads, read_bytes, writes, write_bytes, zeroes, zero_bytes;
+    uint64_t reads_held;        /* small ones, until the device had fewer */
+    uint64_t reads_at_once;     /* as many of these the device may have, now;
+                                 * 0: any number */
     uint64_t read_modify_writes, memory_hits; /* hits: in write buffers */
     uint64_t incompressible;           /* clusters stored as they are */
     uint64_t unchanged_clusters;       /* not stored: see

@@ -23,7 +23,8 @@ typedef struct Fixture {
     BaleDevice dev;
     BaleReadGate gate;
     BaleGateLoad load;
-    uint64_t entered, got; /* reads, so far */
+    uint64_t now_ns;
+    uint64_t entered, got, held; /* reads, so far */
     Read reads[READS];
     unsigned inside;       /* reads that the device has */
     Read *has[READS];      /* these, in order */
@@ -45,7 +46,8 @@ static void fixture_init(Fixture *f)
 {
     memset(f, 0, sizeof(*f));
     f->dev.ops = &device_ops;
-    f->load = (BaleGateLoad){ .now_ns = 1, .decoders = DECODERS };
+    f->load.decoders = DECODERS;
+    f->now_ns = 1;
     bale_read_gate_init(&f->gate, &f->dev);
 }
 
@@ -53,7 +55,8 @@ static void enter(Fixture *f, Read *read)
 {
     read->number = f->entered++;
     f->load.asked = READS;
-    bale_read_gate_enter(&f->gate, &read->item, &read->io, &f->load);
+    f->held += bale_read_gate_enter(&f->gate, &read->item, &read->io,
+                                    &f->load);
 }
 
 /*
@@ -68,9 +71,9 @@ static void round_of_all(Fixture *f, uint64_t ns)
     g_assert_cmpuint(n, >, 0);
     memcpy(done, f->has, sizeof(done));
     f->inside = 0;
-    f->load.now_ns += ns;
+    f->now_ns += ns;
     for (unsigned i = 0; i < n; i++) {
-        bale_read_gate_leave(&f->gate, &f->load);
+        bale_read_gate_leave(&f->gate, &f->load, f->now_ns);
     }
     for (unsigned i = 0; i < n; i++) {
         enter(f, done[i]);
@@ -85,7 +88,7 @@ static void drain(Fixture *f)
 
         f->inside = 0;
         for (unsigned i = 0; i < n; i++) {
-            bale_read_gate_leave(&f->gate, &f->load);
+            bale_read_gate_leave(&f->gate, &f->load, f->now_ns);
         }
     }
     g_assert_cmpuint(f->got, ==, f->entered);
@@ -118,8 +121,14 @@ static unsigned rounds_on(Fixture *f, uint64_t device_ns(unsigned reads))
     unsigned limited = 0;
 
     for (unsigned i = 0; i < ROUNDS; i++) {
+        uint64_t held = f->held, width;
+
         limited += f->inside < READS;
         round_of_all(f, device_ns(f->inside));
+        /* What it tells: some have waited just now if there is a limit. */
+        width = bale_read_gate_width(&f->gate, &f->load);
+        g_assert_cmpuint(f->inside, ==, width ? width : READS);
+        g_assert_cmpint(f->held > held, ==, width > 0);
     }
     return limited;
 }
@@ -168,6 +177,7 @@ static void test_few_reads(void)
         g_assert_cmpuint(f.inside, ==, 8);
         round_of_all(&f, 40000);
     }
+    g_assert_cmpuint(f.held, ==, 0);
     drain(&f);
 }
 
@@ -177,8 +187,8 @@ static void at_once_get(BaleDevice *dev, BaleDeviceIo *io)
     Fixture *f = (Fixture *)dev;
 
     f->got++;
-    f->load.now_ns += 1000;
-    bale_read_gate_leave(&f->gate, &f->load);
+    f->now_ns += 1000;
+    bale_read_gate_leave(&f->gate, &f->load, f->now_ns);
 }
 
 static void test_completes_at_once(void)
@@ -194,7 +204,7 @@ static void test_completes_at_once(void)
     g_assert_true(f.gate.first); /* some wait */
     f.dev.ops = &ops;
     for (unsigned n = f.inside; n > 0; n--) {
-        bale_read_gate_leave(&f.gate, &f.load);
+        bale_read_gate_leave(&f.gate, &f.load, f.now_ns);
     }
     g_assert_cmpuint(f.got, ==, f.entered);
     bale_read_gate_destroy(&f.gate);
@@ -262,7 +272,6 @@ static void *channel_take(Channel *c)
 static BaleGateLoad threaded_load(void)
 {
     return (BaleGateLoad){
-        .now_ns = g_get_monotonic_time() * 1000,
         .decoders = 1,
         .asked = THREADS * THREAD_DEPTH,
     };
@@ -282,7 +291,7 @@ static void *threaded_device(void *opaque)
     while ((read = channel_take(&t->queue))->done) {
         BaleGateLoad load = threaded_load();
 
-        bale_read_gate_leave(&t->gate, &load);
+        bale_read_gate_leave(&t->gate, &load, g_get_monotonic_time() * 1000);
         channel_put(read->done, read);
     }
     return NULL;
