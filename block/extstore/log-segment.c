@@ -51,7 +51,8 @@ void bale_log_put_record(BaleWriteBuffer *wb, BaleRecord *r, uint32_t at)
 
 /*
  * Repeat the headers of @wb's records, as the entries of its directory, at @p;
- * the sequence number of the last one.
+ * the sequence number of the last one.  That they are verified costs little,
+ * and nothing is written that was hurt in memory since it was appended.
  */
 static uint64_t segment_put_entries(BaleWriteBuffer *wb, uint8_t *p)
 {
