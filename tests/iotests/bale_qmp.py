@@ -115,18 +115,31 @@ class Qemu:
     def hmp(self, line):
         return self.command('human-monitor-command', command_line=line)
 
-    def wait_event(self, name, /, **data):
-        """The next event of this name whose data contains these."""
-        while True:
-            while self.events:
-                event = self.events.popleft()
-                if event['event'] == name and all(
-                        event['data'].get(key) == value
-                        for key, value in data.items()):
-                    return event
+    def next_event(self):
+        while not self.events:
             answer = self.read()
             if 'event' in answer:
                 self.events.append(answer)
+        return self.events.popleft()
+
+    def wait_event(self, name, /, **data):
+        """The next event of this name whose data contains these. Those before
+        it are forgotten."""
+        while True:
+            event = self.next_event()
+            if event['event'] == name and all(
+                    event['data'].get(key) == value
+                    for key, value in data.items()):
+                return event
+
+    def wait_events(self, *names):
+        """The data of the next event of each name: they come in any order."""
+        found = {}
+        while set(found) != set(names):
+            event = self.next_event()
+            if event['event'] in names:
+                found.setdefault(event['event'], event['data'])
+        return [found[name] for name in names]
 
     def run_job(self, job):
         """Waits for a block job that concludes by itself; its error or ''."""
@@ -140,11 +153,7 @@ class Qemu:
 
     def wait_event_of(self, names, device):
         while True:
-            while self.events:
-                event = self.events.popleft()
-                if event['event'] in names and \
-                        event['data'].get('device') == device:
-                    return event
-            answer = self.read()
-            if 'event' in answer:
-                self.events.append(answer)
+            event = self.next_event()
+            if event['event'] in names and \
+                    event['data'].get('device') == device:
+                return event

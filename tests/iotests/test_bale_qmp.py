@@ -439,9 +439,9 @@ class JobTest(Base):
             self.add(qemu)
             qemu.command('bale-verify', job_id='j', node_name='a',
                          auto_dismiss=False)
-            event = qemu.wait_event('BLOCK_IMAGE_CORRUPTED')
-            self.assertEqual(event['data']['node-name'], 'a')
-            data = qemu.wait_event('BALE_VERIFY_COMPLETED')['data']
+            corrupted, data = qemu.wait_events('BLOCK_IMAGE_CORRUPTED',
+                                               'BALE_VERIFY_COMPLETED')
+            self.assertEqual(corrupted['node-name'], 'a')
             self.assertEqual(data['damaged'], 1)
             self.assertRegex(data['findings'][0],
                              "image '', cluster 1: .* page .* offset")
