@@ -151,11 +151,6 @@ int bale_session_begin(BaleStore *s)
     if (!BALE_PLANTED(session_not_marked)) {
         s->super.state &= ~(uint32_t)BALE_STATE_CLEAN;
     }
-    if (s->previous_loaded) {
-        s->super.checkpoint = s->super.previous;
-        s->super.previous = (BaleCheckpointRef){ .address = 0 };
-        s->previous_loaded = false;
-    }
     /*
      * A write that fails here costs nothing that anybody was promised: nothing
      * was appended yet, and any mixture of the copies leads to the same state.
@@ -645,9 +640,12 @@ static void writer_name(CheckpointWriter *w, const BalePart *root)
     uint64_t page, offset;
 
     /* A damaged one is no help when this one is damaged, too. */
-    s->super.previous = s->checkpoint->len
-                            ? s->super.checkpoint
-                            : (BaleCheckpointRef){ .address = 0 };
+    if (!s->checkpoint->len) {
+        s->super.previous = (BaleCheckpointRef){ .address = 0 };
+    } else if (!s->previous_loaded || BALE_PLANTED(damaged_named)) {
+        s->super.previous = s->super.checkpoint;
+    }
+    s->previous_loaded = false;
     pthread_mutex_lock(&s->log_lock);
     bale_address_split(s, root->address, &page, &offset);
     s->super.checkpoint = (BaleCheckpointRef){

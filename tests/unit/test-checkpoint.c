@@ -115,6 +115,13 @@ static void check_same(Fixture *f)
     g_assert_cmpuint(result.wrong_counters, ==, 0);
 }
 
+static uint64_t device_size(Fixture *f)
+{
+    g_autoptr(BaleSimImage) image = bale_sim_image(f->dev);
+
+    return bale_sim_image_size(image);
+}
+
 /* Damage the root that a superblock names @at bytes from its beginning. */
 static void damage_root(Fixture *f, unsigned at)
 {
@@ -336,6 +343,64 @@ static void test_damaged_clean(void)
     fixture_open(&f);
     g_assert_cmpuint(fixture_recovered(&f), ==, 4);
     g_assert_cmpuint(f.complaints, ==, 1);
+    check_same(&f);
+    fixture_close(&f);
+}
+
+/*
+ * The one before is older than a close that cut pages off: their loss is none,
+ * also when the store is killed before there is a newer checkpoint.
+ */
+static void test_damaged_after_cut(void)
+{
+    enum { BYTES = 6u << 20, FIRST = CLUSTERS * CLUSTER };
+    g_autofree uint8_t *noise = g_malloc(BYTES);
+    g_autoptr(GError) err = NULL;
+    uint64_t size = 0;
+    Fixture f;
+
+    for (unsigned i = 0; i < BYTES; i++) {
+        noise[i] = g_test_rand_int(); /* does not compress */
+    }
+    fixture_init(&f, FIRST);
+    bale_store_set_compact(f.store, false, 0);
+    fixture_write(&f, 0, 8, 1);
+    /* The barriers of the first round stay below what the second one cuts. */
+    for (unsigned round = 1; round <= 2; round++) {
+        unsigned len = round * BYTES / 2;
+
+        g_assert_true(bale_image_resize(f.image, FIRST + len, &err));
+        g_assert_no_error(err);
+        g_assert_cmpint(bale_image_write_sync(f.image, FIRST, noise, len, 0),
+                        ==, 0);
+        test_store_checkpoint(f.store);
+        size = device_size(&f);
+        bale_log_seal_page(f.store, BALE_BUCKET_FRESH);
+        g_assert_true(bale_image_resize(f.image, FIRST, &err));
+        g_assert_no_error(err);
+        test_store_checkpoint(f.store);
+    }
+    g_assert_cmpuint(device_size(&f) + (4u << 20), <, size);
+    fixture_kill(&f);
+    damage_root(&f, 96);
+    for (unsigned i = 1; i <= 3; i++) {
+        fixture_open(&f);
+        fixture_recovered(&f);
+        g_assert_cmpuint(f.complaints, ==, i);
+        check_same(&f);
+        fixture_write(&f, 10 * i, 2, 50 + i);
+        fixture_flush(&f);
+        fixture_kill(&f);
+    }
+    /* The next one stands before the one that it was opened from. */
+    fixture_open(&f);
+    fixture_write(&f, 40, 2, 70);
+    fixture_checkpoint(&f);
+    fixture_kill(&f);
+    damage_root(&f, 96);
+    fixture_open(&f);
+    g_assert_cmpuint(fixture_recovered(&f), <, 32);
+    g_assert_cmpuint(f.complaints, ==, 5);
     check_same(&f);
     fixture_close(&f);
 }
@@ -641,6 +706,7 @@ int main(int argc, char **argv)
     g_test_add_func("/checkpoint/change-survives-damage",
                     test_change_survives_damage);
     g_test_add_func("/checkpoint/damaged-clean", test_damaged_clean);
+    g_test_add_func("/checkpoint/damaged-after-cut", test_damaged_after_cut);
     g_test_add_func("/checkpoint/pages-reused", test_pages_reused);
     g_test_add_func("/checkpoint/slow-reader", test_slow_reader);
     g_test_add_func("/checkpoint/large-index", test_large_index);
