@@ -31,7 +31,9 @@
  *  1. No record is appended while the superblocks say "clean".
  *  2. The superblocks never point at a checkpoint that was not flushed.
  *  3. The records of a checkpoint stay live until the superblocks point at the
- *     second one after it.  Those that several name count once for each.
+ *     second one after it.  Those that several name count once for each.  One
+ *     that could not be read has none that we know of; it stays named, as a
+ *     later recovery must know that the one before it is not the newest.
  *  4. What was appended before the mark and still counts at the end of the
  *     copy is in the copy; what was appended later is in the tail.  (A value
  *     of the copy may point into the tail, or into a page that is given up
@@ -150,6 +152,9 @@ int bale_session_begin(BaleStore *s)
     }
     if (!BALE_PLANTED(session_not_marked)) {
         s->super.state &= ~(uint32_t)BALE_STATE_CLEAN;
+    }
+    if (s->previous_loaded && BALE_PLANTED(fallback_named)) {
+        s->super.checkpoint = s->super.previous;
     }
     /*
      * A write that fails here costs nothing that anybody was promised: nothing

@@ -302,7 +302,8 @@ struct BaleStore {
     bool read_only;
     GArray *checkpoint;      /* BaleCheckpointRecord of the newest one */
     GArray *previous;        /* and of the one before */
-    bool previous_loaded;    /* recovery used that; the newest is damaged */
+    bool previous_loaded;    /* recovery used that; the superblocks name the
+                              * newest, which is damaged, until the next one */
     uint64_t session_generation; /* in page versions; log_lock */
     uint32_t page_count;     /* pages opened in this session; log_lock */
     uint64_t page_order;     /* pages opened in this process; log_lock */

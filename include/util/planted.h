@@ -52,6 +52,7 @@ enum {
     BALE_PLANTED_chunk_unmarked,
     BALE_PLANTED_kept_part_freed,
     BALE_PLANTED_damaged_named,
+    BALE_PLANTED_fallback_named,
     BALE_PLANTED_mark_not_awaited,
     BALE_PLANTED_tail_too_short,
     BALE_PLANTED_patches_not_written,

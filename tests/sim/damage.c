@@ -166,7 +166,8 @@ static BaleSimImage *damage_apply(World *w, BaleSimImage *image, int kind,
 static char *damage_try(World *w, BaleSimImage *image, bool clean,
                         uint64_t *count, bool must_open)
 {
-    unsigned flags = VERIFY_DAMAGE | (must_open ? VERIFY_OPENS : 0) |
+    unsigned flags = VERIFY_DAMAGE | VERIFY_GO_ON_DAMAGED |
+                     (must_open ? VERIFY_OPENS : 0) |
                      (clean ? 0 : VERIFY_UNPROVEN);
 
     ++*count;

@@ -227,6 +227,8 @@ typedef enum VerifyFlags {
                                * proven_event) may be lost */
     VERIFY_GO_ON = 1 << 2,    /* write, flush, close, reopen, too */
     VERIFY_OPENS = 1 << 3,    /* with DAMAGE: open may not fail */
+    VERIFY_GO_ON_DAMAGED = 1 << 4, /* with DAMAGE: if all can be read although
+                               * some was told, write, flush, kill, open */
 } VerifyFlags;
 
 /*

@@ -121,6 +121,32 @@ static char *go_on(World *w, World *v, const Observed *was)
                     : check(v, 0);
 }
 
+/* The same of a damaged one, which is killed in between: it gets no worse. */
+static char *go_on_damaged(World *w, World *v, const Observed *was)
+{
+    g_autoptr(BaleSimImage) image = NULL;
+    uint64_t corrupt = corrupt_states;
+    char *error;
+
+    oracle_expect(v->oracle, was, w->max_sectors);
+    v->next_value = w->next_value + 100;
+    if (!world_step(v, 'p') || !world_step(v, 'f')) {
+        return g_strdup("the damaged store does not go on");
+    }
+    image = bale_sim_image(v->sim);
+    error = verify_image(v, image, bale_sim_events(v->sim),
+                         VERIFY_DAMAGE | VERIFY_OPENS, NULL);
+    if (!error && corrupt_states != corrupt) {
+        error = g_strdup("it is corrupt");
+    }
+    if (error) {
+        g_autofree char *what = error;
+
+        error = g_strdup_printf("used and killed: %s", what);
+    }
+    return error;
+}
+
 static char *verify_open(World *w, World *v, uint64_t event, unsigned flags,
                          Observed *out)
 {
@@ -159,6 +185,10 @@ static char *verify_open(World *w, World *v, uint64_t event, unsigned flags,
     }
     if (!error && (flags & VERIFY_GO_ON)) {
         error = go_on(w, v, out);
+    }
+    if (!error && (flags & VERIFY_GO_ON_DAMAGED) && v->complaints &&
+        !out->ret) {
+        error = go_on_damaged(w, v, out);
     }
     return g_steal_pointer(&error);
 }
