@@ -113,6 +113,28 @@ static BaleImageEntry *edit_image(BaleCatalogue *cat, const char *name,
     return e;
 }
 
+/*
+ * Begin to edit image @name of *@cat when all that it was given is in records:
+ * its layer is about to be frozen, or left.  NULL: nothing has begun.
+ */
+static BaleImageEntry *edit_begin_written(BaleStore *s, BaleCatalogue **cat,
+                                          const char *name, GError **errp)
+{
+    int ret = s->read_only ? 0 : bale_store_write_out_sync(s);
+    BaleImageEntry *e;
+
+    if (ret < 0) {
+        admin_error(errp, ret, "flushing the store");
+        return NULL;
+    }
+    *cat = edit_begin(s);
+    e = edit_image(*cat, name, errp);
+    if (!e) {
+        edit_drop(s, *cat);
+    }
+    return e;
+}
+
 static BaleSnapshotEntry *edit_snapshot(BaleCatalogue *cat,
                                         const BaleImageEntry *image,
                                         const char *name, GError **errp)
@@ -411,16 +433,10 @@ bool bale_image_set_read_only(BaleStore *s, const char *name, bool read_only,
 {
     PATCHES_PAUSED(s);
     BaleCatalogue *cat;
-    BaleImageEntry *e;
-    int ret = s->read_only ? 0 : bale_store_write_out_sync(s);
+    BaleImageEntry *e = edit_begin_written(s, &cat, name, errp);
 
-    if (ret < 0) {
-        return admin_error(errp, ret, "flushing the store");
-    }
-    cat = edit_begin(s);
-    e = edit_image(cat, name, errp);
     if (!e) {
-        return edit_drop(s, cat);
+        return false;
     }
     e->read_only = read_only;
     return edit_commit(s, cat, "changing an image", errp);
@@ -445,21 +461,18 @@ bool bale_image_clone(BaleStore *s, const char *name, const char *snapshot,
                       const char *new_name, GError **errp)
 {
     PATCHES_PAUSED(s);
-    BaleSnapshotEntry *from = NULL;
     BaleCatalogue *cat;
-    BaleImageEntry *e;
+    BaleImageEntry *e = edit_begin_written(s, &cat, name, errp);
+    BaleSnapshotEntry *from = NULL;
     uint32_t id, under, layer = 0;
-    int ret = s->read_only ? 0 : bale_store_write_out_sync(s);
 
-    if (ret < 0) {
-        return admin_error(errp, ret, "flushing the store");
+    if (!e) {
+        return false;
     }
-    cat = edit_begin(s);
-    e = edit_image(cat, name, errp);
-    if (e && snapshot) {
+    if (snapshot) {
         from = edit_snapshot(cat, e, snapshot, errp);
     }
-    if (!e || (snapshot && !from) ||
+    if ((snapshot && !from) ||
         !edit_check_new_name(cat, new_name ? new_name : "", errp)) {
         return edit_drop(s, cat);
     }
@@ -658,20 +671,14 @@ bool bale_snapshot_create(BaleStore *s, const char *name,
     uint64_t now_us = g_get_real_time();
     BaleCatalogue *cat;
     BaleImageEntry *e;
-    int ret;
 
     if (!bale_name_valid(info->name)) {
         return admin_invalid(errp, "a snapshot cannot be called '%s'",
                              info->name);
     }
-    ret = s->read_only ? 0 : bale_store_write_out_sync(s);
-    if (ret < 0) {
-        return admin_error(errp, ret, "flushing the store");
-    }
-    cat = edit_begin(s);
-    e = edit_image(cat, name, errp);
+    e = edit_begin_written(s, &cat, name, errp);
     if (!e) {
-        return edit_drop(s, cat);
+        return false;
     }
     for (guint i = 0; i < cat->snapshots->len; i++) {
         BaleSnapshotEntry *other =
@@ -728,17 +735,14 @@ bool bale_snapshot_rollback(BaleStore *s, const char *name,
 {
     PATCHES_PAUSED(s);
     BaleCatalogue *cat;
-    BaleImageEntry *e;
+    BaleImageEntry *e = edit_begin_written(s, &cat, name, errp);
     BaleSnapshotEntry *found;
     BaleImage *image;
-    int ret = s->read_only ? 0 : bale_store_write_out_sync(s);
 
-    if (ret < 0) {
-        return admin_error(errp, ret, "flushing the store");
+    if (!e) {
+        return false;
     }
-    cat = edit_begin(s);
-    e = edit_image(cat, name, errp);
-    found = e ? edit_snapshot(cat, e, snapshot, errp) : NULL;
+    found = edit_snapshot(cat, e, snapshot, errp);
     if (found && e->read_only) {
         admin_invalid(errp, "image '%s' is read-only", e->name);
         found = NULL;
