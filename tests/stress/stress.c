@@ -49,7 +49,7 @@
 #define OPS_MAX 16384u          /* of a lane in a session */
 #define PHASE_OPS_MAX 400u      /* of a lane from open to close */
 #define WRITE_SECTORS_MAX 512u
-#define ERRORS_MAX 2000u        /* of a lane, before it gives up */
+#define ERRORS_MAX 20000u       /* of a lane, before it gives up */
 #define ERROR_PAUSE_US 1000     /* before a lane's next request */
 #define STATE_MAGIC 0x73736572747342ull
 #define ZERO_BASE UINT64_MAX    /* base of a sector that reads as zeroes */
