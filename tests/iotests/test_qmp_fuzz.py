@@ -15,11 +15,10 @@ import select
 
 import bale_iotests
 from bale_images import create, io
-from bale_iotests import LONG, qemu_img, run
+from bale_iotests import LONG, TIMEOUT_S, qemu_img, run
 from bale_qmp import Qemu
 
 REQUESTS = 10000 if LONG else 800
-ANSWER_S = 120
 
 HUGE = [-1, 0, 1, 2, 511, 4096, 65536, 1 << 20, (1 << 31) - 1, 1 << 31,
         (1 << 32) - 1, 1 << 32, 1 << 53, (1 << 63) - 1, 1 << 63, -(1 << 63),
@@ -328,7 +327,7 @@ class FuzzTest(bale_iotests.TestCase):
         """Reads until the answer `wanted`; False if the program has ended."""
         while True:
             while b'\n' not in self.buffer:
-                ready, _, _ = select.select([qemu.socket], [], [], ANSWER_S)
+                ready, _, _ = select.select([qemu.socket], [], [], TIMEOUT_S)
                 if not ready:
                     raise AssertionError(
                         f'no answer to request {number}: '
@@ -365,7 +364,7 @@ class FuzzTest(bale_iotests.TestCase):
                 except OSError:
                     alive = False
                 if not alive:
-                    status = qemu.process.process.wait(60)
+                    status = qemu.process.process.wait(TIMEOUT_S)
                     raise AssertionError(
                         f'{program} ended with {status} at request {number}: '
                         f'{text[:2000]!r}: {qemu.process.output()[-2000:]}')
@@ -374,7 +373,7 @@ class FuzzTest(bale_iotests.TestCase):
             qemu.stream = None
             qemu.socket.sendall(b'{"execute":"quit","id":"end"}\n')
             self.assertTrue(self.receive(qemu, 'end', 'quit'))
-            status = qemu.process.process.wait(300)
+            status = qemu.process.process.wait(TIMEOUT_S)
             self.assertEqual(status, 0, qemu.process.output()[-2000:])
         self.assertEqual(good, REQUESTS)
 
