@@ -225,9 +225,10 @@ class TestCase(unittest.TestCase):
     maxDiff = None
 
     def run(self, result=None):
-        self.dir = tempfile.mkdtemp(
-            prefix=f'bale-{self.id().split(".", 1)[-1]}-',
-            dir=os.environ.get('BALE_TEST_DIR'))
+        # The name of a socket in it may have 107 characters
+        name = self.id().split('.', 1)[-1][:50]
+        self.dir = tempfile.mkdtemp(prefix=f'bale-{name}-',
+                                    dir=os.environ.get('BALE_TEST_DIR'))
         self.seed = int(os.environ.get('BALE_SEED') or
                         random.SystemRandom().getrandbits(32))
         self.random = random.Random(self.seed)
