@@ -893,22 +893,33 @@ class Store:
             self.walk(page)
         return page
 
+    def header_of(self, page, block):
+        """Magic and version of a header or mark; None and 0: it is neither."""
+        (magic, page.bucket, length, number, version,
+         page.first_sequence, header_sum) = PAGE.unpack_from(block)
+        valid = (number == page.number and length == PAGE_LENGTH
+                 and version != 0
+                 and magic in (PAGE_MAGIC, FREED_MAGIC)
+                 and checksum(block[:56], self.place(number, 0, 0))
+                 == header_sum)
+        return (magic, version) if valid else (None, 0)
+
     def read_page_header(self, number):
         page = Page(number, self.page_base(number))
         block = self.device.read(page.base, BLOCK)
-        (magic, page.bucket, length, own_number, version,
-         page.first_sequence, header_sum) = PAGE.unpack_from(block)
+        second = self.device.read(page.base + BLOCK, BLOCK)
         empty = is_zero(block)
-        valid = (own_number == number and length == PAGE_LENGTH
-                 and version != 0
-                 and checksum(block[:56], self.place(number, 0, 0))
-                 == header_sum)
-        if valid and magic == PAGE_MAGIC:
+        # In this order: what a page in use has second is no header.
+        mark, freed = self.header_of(page, second)
+        magic, version = self.header_of(page, block)
+        if mark == FREED_MAGIC and freed >= version:
+            magic, version = mark, freed    # whatever became of the first one
+        if magic == PAGE_MAGIC:
             page.state, page.version = 'used', version
             if not is_zero(block[PAGE_LENGTH:]):
                 self.note(f'page {number}: the rest of its header block is '
                           'not zero')
-        elif valid and magic == FREED_MAGIC:
+        elif magic == FREED_MAGIC:
             page.bucket, page.freed = None, version
         else:
             page.bucket = None
@@ -918,8 +929,7 @@ class Store:
             page.bucket, page.state = None, 'damaged header'
             page.version = found[0].version
         elif page.version is None and not page.freed:
-            if not empty or not is_zero(self.device.read(page.base + BLOCK,
-                                                         BLOCK)):
+            if not empty or not is_zero(second):
                 page.state = 'foreign'
             else:
                 page.blank = True

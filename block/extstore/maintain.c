@@ -124,20 +124,25 @@ static int maintain_release_page(BaleStore *s, uint64_t page, uint8_t *block)
     int ret = 0;
 
     pthread_mutex_unlock(&s->log_lock);
-    if (marking && BALE_PLANTED(mark_skipped)) {
-        ret = 0;
-    } else if (marking) {
-        /* The header is in one sector: it is the old one or the mark. */
-        bale_page_header_encode(&mark, s->identity, block);
-        ret = bale_device_store_sync(s->dev, address, block,
-                                     BALE_BLOCK_SIZE);
-    } else {
+    if (!BALE_PLANTED(mark_skipped) &&
+        !(BALE_PLANTED(mark_once) && !marking)) {
         /*
-         * All but the mark, which tells this page from one that was lost.
+         * The header is in one sector: it is the old one or the mark.  When
+         * that is there, the same again behind it: neither counts alone if the
+         * other one is damaged, or goes back to what it was.
+         */
+        bale_page_header_encode(&mark, s->identity, block);
+        ret = bale_device_store_sync(s->dev,
+                                     address + (marking ? 0 : BALE_BLOCK_SIZE),
+                                     block, BALE_BLOCK_SIZE);
+    }
+    if (ret == 0 && !marking) {
+        /*
+         * All but the marks, which tell this page from one that was lost.
          * Space that stays allocated is a pity, not an error.
          */
-        s->dev->ops->release(s->dev, address + BALE_BLOCK_SIZE,
-                             s->page_size - BALE_BLOCK_SIZE);
+        s->dev->ops->release(s->dev, address + 2 * BALE_BLOCK_SIZE,
+                             s->page_size - 2 * BALE_BLOCK_SIZE);
     }
     pthread_mutex_lock(&s->log_lock);
     if (ret == 0 && marking) {

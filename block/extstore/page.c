@@ -17,6 +17,8 @@
  *  4. MARKED ends with a flush that was requested after the header was marked
  *     as freed: the old header cannot come back after a crash, neither to make
  *     stale records valid again nor to make released space look like damage.
+ *     RELEASING writes the mark again, behind the first one: should that be
+ *     lost or damaged, the page is not taken for one that is in use.
  *  5. Each time a page becomes ACTIVE it gets a version that no page ever had.
  *
  * There is no eviction: when no page is free the answer is -ENOSPC.  Pages,

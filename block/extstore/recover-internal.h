@@ -178,6 +178,12 @@ void bale_scan_page(Scan *scan, uint64_t page);
 uint64_t bale_scan_newer_version(Scan *scan, uint64_t page, uint64_t version,
                                  const uint8_t *block);
 /*
+ * The version of @page that is freed, if @block, its second one, is a mark that
+ * says so; else 0.
+ */
+uint64_t bale_scan_second_mark(Scan *scan, uint64_t page,
+                               const uint8_t *block);
+/*
  * The newest checkpoint may be out of date or damaged, but what it says of
  * pages was flushed: a page that it names is there, or marked as freed, or
  * used anew.  As far as it can be read, take it for barriers.

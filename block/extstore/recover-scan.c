@@ -519,12 +519,22 @@ uint64_t bale_scan_newer_version(Scan *scan, uint64_t page, uint64_t version,
     return newer ? claimed : 0;
 }
 
+uint64_t bale_scan_second_mark(Scan *scan, uint64_t page, const uint8_t *block)
+{
+    BalePageHeader mark;
+
+    return bale_page_header_decode(&mark, scan->s->identity, page, block) ==
+                       0 && mark.freed
+               ? mark.version
+               : 0;
+}
+
 void bale_scan_page(Scan *scan, uint64_t page)
 {
     BaleStore *s = scan->s;
     ScanPage *sp = &scan->page[page];
     const uint8_t *p = bale_scan_read(scan, page, 0, 2 * BALE_BLOCK_SIZE);
-    uint64_t newer;
+    uint64_t newer, freed;
     int ret;
 
     if (!p) {
@@ -538,6 +548,12 @@ void bale_scan_page(Scan *scan, uint64_t page)
     if (ret < 0) {
         sp->header_damaged = true;
         sp->header = (BalePageHeader){ .page = page };
+    }
+    freed = bale_scan_second_mark(scan, page, p + BALE_BLOCK_SIZE);
+    if (freed && freed >= sp->header.version) {
+        sp->freed = freed; /* whatever has become of the first mark */
+        sp->header.version = 0;
+        return;
     }
     /*
      * The first segment says which version this page has, if its header is

@@ -71,6 +71,7 @@ static void tail_page(Scan *scan, uint64_t page)
     bool cut = p->end == 0 || page_address(s, page) >= scan->from->cut;
     const uint8_t *b = bale_scan_read(scan, page, 0, 2 * BALE_BLOCK_SIZE);
     BalePageHeader header = { .page = page };
+    uint64_t freed;
     bool newer, same;
     int ret;
 
@@ -78,11 +79,12 @@ static void tail_page(Scan *scan, uint64_t page)
         return;
     }
     ret = bale_page_header_decode(&header, s->identity, page, b);
+    freed = bale_scan_second_mark(scan, page, b + BALE_BLOCK_SIZE);
     newer = bale_scan_newer_version(scan, page, p->version,
                                     b + BALE_BLOCK_SIZE);
     same = ret == 0 && header.version == p->version && !header.freed;
-    if (newer || (!same && (cut || (ret == 0 &&
-                                    header.version >= p->version)))) {
+    if (newer || freed >= p->version ||
+        (!same && (cut || (ret == 0 && header.version >= p->version)))) {
         bale_scan_page(scan, page); /* given up, and perhaps used anew */
     } else if (scan->ret == 0) {
         tail_keep(scan, page, !same);

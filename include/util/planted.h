@@ -31,6 +31,7 @@ enum {
     BALE_PLANTED_payload_unchecked,
     BALE_PLANTED_page_reused_early,
     BALE_PLANTED_mark_skipped,
+    BALE_PLANTED_mark_once,
     BALE_PLANTED_barrier_not_written,
     BALE_PLANTED_barrier_not_awaited,
     BALE_PLANTED_stale_header_believed,

@@ -58,12 +58,17 @@ static void fixture_close(Fixture *f)
 }
 
 /* What the device holds now, as a device; the store is closed behind it. */
-static void fixture_kill(Fixture *f)
+static void fixture_kill_to(Fixture *f, const BaleSimOptions *options)
 {
-    BaleDevice *dev = test_device_copy(f->dev, &sim_options);
+    BaleDevice *dev = test_device_copy(f->dev, options);
 
     fixture_close(f);
     f->dev = dev;
+}
+
+static void fixture_kill(Fixture *f)
+{
+    fixture_kill_to(f, &sim_options);
 }
 
 static void fixture_write(Fixture *f, unsigned first, unsigned n, uint8_t byte)
@@ -113,6 +118,29 @@ static void check_same(Fixture *f)
                                    &result, &err));
     g_assert_no_error(err);
     g_assert_cmpuint(result.wrong_counters, ==, 0);
+}
+
+static void read_device(Fixture *f, uint64_t offset, void *buf, size_t len)
+{
+    g_autoptr(BaleSimImage) image = bale_sim_image(f->dev);
+
+    bale_sim_image_read(image, offset, buf, len);
+}
+
+/* Let pages die until @page has been given back. */
+static void wait_freed(Fixture *f, uint64_t page)
+{
+    BaleCompactOptions o = { .rate = 0 };
+    g_autoptr(GError) err = NULL;
+    int state;
+
+    do {
+        g_assert_true(bale_store_compact(f->store, &o, &err));
+        g_assert_no_error(err);
+        pthread_mutex_lock(&f->store->log_lock);
+        state = bale_page(f->store, page)->state;
+        pthread_mutex_unlock(&f->store->log_lock);
+    } while (state != BALE_PAGE_FREE);
 }
 
 static uint64_t device_size(Fixture *f)
@@ -403,6 +431,67 @@ static void test_damaged_after_cut(void)
     g_assert_cmpuint(f.complaints, ==, 5);
     check_same(&f);
     fixture_close(&f);
+}
+
+/*
+ * A page was freed, and so was the one with the records that dropped what it
+ * had held; then its mark is lost: the header goes back to what it was, or is
+ * damaged.  The device keeps what is given back to it.  From a checkpoint that
+ * is older than all that, and from none.
+ */
+static void test_mark_lost(void)
+{
+    static const BaleSimOptions keeps = { .no_history = true,
+                                          .no_release = true };
+    enum { BACK = 1, SCANNED = 2, KINDS = 4 };
+
+    for (unsigned kind = 0; kind < KINDS; kind++) {
+        uint8_t header[BALE_BLOCK_SIZE];
+        uint64_t address, page, offset, held;
+        g_autoptr(GError) err = NULL;
+        Fixture f;
+
+        fixture_init(&f, sizeof(f.model));
+        fixture_kill_to(&f, &keeps);
+        fixture_open(&f);
+        bale_store_set_compact(f.store, false, 0);
+        fixture_write(&f, 0, 8, 1);
+        fixture_checkpoint(&f);
+        address = bale_value_address(bale_layer_find(f.image->top, 3));
+        bale_address_split(f.store, address, &held, &offset);
+        read_device(&f, page_address(f.store, held), header, sizeof(header));
+        bale_log_seal_page(f.store, BALE_BUCKET_FRESH);
+        bale_maintain_pause(f.store);
+        g_assert_true(bale_image_clear(f.image, &err));
+        g_assert_no_error(err);
+        memset(f.model, 0, sizeof(f.model));
+        fixture_flush(&f);
+        page = f.store->active[BALE_BUCKET_FRESH];
+        g_assert_cmpuint(page, !=, PAGE_NONE);
+        bale_log_seal_page(f.store, BALE_BUCKET_FRESH);
+        /* For barriers, which would take one of these when it is free. */
+        g_assert_cmpint(bale_page_prepare(f.store, BALE_BUCKET_COMPACTED,
+                                          BALE_BLOCK_SIZE), ==, 0);
+        bale_maintain_resume(f.store);
+        wait_freed(&f, held);
+        wait_freed(&f, page);
+        address = page_address(f.store, held);
+        fixture_kill_to(&f, &keeps);
+        if (kind & SCANNED) {
+            damage_root(&f, 96);
+            damage_root(&f, 136);
+        }
+        if (kind & BACK) {
+            bale_sim_poke(f.dev, address, header, sizeof(header));
+        } else {
+            bale_sim_flip_bit(f.dev, address + 30, 3);
+        }
+        fixture_open(&f);
+        fixture_recovered(&f);
+        g_assert_cmpuint(f.complaints, ==, kind & SCANNED ? 1 : 0);
+        check_same(&f);
+        fixture_close(&f);
+    }
 }
 
 /* Pages are compacted, freed and used anew between checkpoint and kill. */
@@ -707,6 +796,7 @@ int main(int argc, char **argv)
                     test_change_survives_damage);
     g_test_add_func("/checkpoint/damaged-clean", test_damaged_clean);
     g_test_add_func("/checkpoint/damaged-after-cut", test_damaged_after_cut);
+    g_test_add_func("/checkpoint/mark-lost", test_mark_lost);
     g_test_add_func("/checkpoint/pages-reused", test_pages_reused);
     g_test_add_func("/checkpoint/slow-reader", test_slow_reader);
     g_test_add_func("/checkpoint/large-index", test_large_index);
