@@ -712,15 +712,48 @@ static BaleSeqcacheOut *entry_begin(BaleSeqcache *sc, Entry *e, int *err)
     return b;
 }
 
-BaleSeqcacheOut *bale_seqcache_begin_finished(BaleSeqcache *sc, int *err)
+/* The ready cluster that has been finished for longest, or NULL. */
+static Entry *first_finished(const BaleSeqcache *sc)
 {
-    *err = 0;
     for (GList *l = sc->finished.head; l; l = l->next) {
         if (entry_is_ready(l->data)) {
-            return entry_begin(sc, l->data, err);
+            return l->data;
         }
     }
     return NULL;
+}
+
+BaleSeqcacheOut *bale_seqcache_begin_finished(BaleSeqcache *sc, int *err)
+{
+    Entry *e = first_finished(sc);
+
+    *err = 0;
+    return e ? entry_begin(sc, e, err) : NULL;
+}
+
+unsigned bale_seqcache_list_finished(const BaleSeqcache *sc,
+                                     uint64_t *offsets, unsigned max)
+{
+    unsigned n = 0;
+
+    for (GList *l = sc->finished.head; l && n < max; l = l->next) {
+        Entry *e = l->data;
+
+        if (entry_is_ready(e)) {
+            offsets[n++] = e->index << sc->cluster_bits;
+        }
+    }
+    return n;
+}
+
+bool bale_seqcache_peek_finished(const BaleSeqcache *sc, uint64_t *offset,
+                                 size_t *bytes)
+{
+    Entry *e = first_finished(sc);
+
+    *offset = e ? e->index << sc->cluster_bits : 0;
+    *bytes = e ? e->cur->n_valid : 0;
+    return e;
 }
 
 /* The oldest ready buffer that has not failed, or NULL. */

@@ -51,6 +51,18 @@ bool bale_ahead_spoilt(BaleStore *s, uint64_t page)
     return s->ahead.failed && bale_ahead_bound(s, page) != UINT64_MAX;
 }
 
+/* Under log_lock. */
+static void ahead_earn(BaleAhead *a, int64_t bytes)
+{
+    a->credit = CLAMP(a->credit + bytes, -(int64_t)a->bytes,
+                      2 * (int64_t)a->bytes);
+}
+
+void bale_ahead_spend(BaleStore *s, uint64_t bytes)
+{
+    ahead_earn(&s->ahead, -(int64_t)bytes);
+}
+
 void bale_ahead_sealed(BaleStore *s, const BaleWriteBuffer *wb, bool flush)
 {
     BaleAhead *a = &s->ahead;
@@ -58,8 +70,7 @@ void bale_ahead_sealed(BaleStore *s, const BaleWriteBuffer *wb, bool flush)
 
     if (wb->bucket == BALE_BUCKET_FRESH) {
         saved += flush ? AHEAD_FLUSH_BLOCKS * BALE_BLOCK_SIZE : 0;
-        a->credit = CLAMP(a->credit + saved, -(int64_t)a->bytes,
-                          2 * (int64_t)a->bytes);
+        ahead_earn(a, saved);
         a->step = flush ? a->step : 0;
     }
 }

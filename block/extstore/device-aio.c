@@ -14,7 +14,7 @@
  *
  * Flushes have a thread of their own.  It answers all flushes that wait with
  * one fdatasync().  Who asks for a flush and would only wait does it itself, if
- * no other is under way; and the store before it, too: two threads less to be
+ * no other is under way; and a get or store, too: two threads less to be
  * woken.  The first flush that fails makes all later ones fail: the
  * kernel reports lost pages once and then forgets them, so asking again would
  * be answered with a lie.
@@ -628,7 +628,7 @@ static void aio_enter(AioDevice *aio, BaleDeviceIo *io, AioKind kind)
         request_complete(aio, request, -EFBIG);
         return;
     }
-    if (kind == AIO_STORE && io->may_block) {
+    if (io->may_block) {
         transfer_now(aio, request);
         return;
     }

@@ -148,46 +148,68 @@ static int image_put(BaleImage *image, BaleRecord *r, const void *payload)
     return ret;
 }
 
-/* Append what @data, one cluster, compresses to, and point the index at it. */
-int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
-                           uint64_t cluster, const uint8_t *data)
+int bale_image_pack_cluster(BaleImage *image, BaleWorkerContext *wc,
+                            uint64_t cluster, const uint8_t *data,
+                            uint8_t *packed, BaleRecord *r,
+                            const uint8_t **payload)
 {
     BaleStore *s = image->store;
-    BaleRecord r = {
-        .count = 1,
-        .cluster = cluster,
-    };
-    const void *payload = NULL;
     uint8_t codec = image->codec;
     ssize_t n;
-    int ret;
 
+    *r = (BaleRecord){ .count = 1, .cluster = cluster };
+    *payload = NULL;
     if (bale_memory_is_zero(data, s->cluster_size)) {
-        r.type = BALE_RECORD_ZERO;
+        r->type = BALE_RECORD_ZERO;
         stat_add(&s->stats.zero_records, 1);
-    } else {
-        r.type = BALE_RECORD_DATA;
-        /* What saves next to nothing is not worth decompressing. */
-        n = bale_codec_compress(bale_worker_codec(wc, image), wc->packed,
-                                s->cluster_size - s->cluster_size / 64, data,
-                                s->cluster_size);
-        if (n < 0) {
-            return n;
-        }
-        r.codec = n ? codec : BALE_CODEC_NONE;
-        r.payload_len = n ? n : s->cluster_size;
-        payload = n ? wc->packed : data;
-        if (!n) {
-            stat_add(&s->stats.incompressible, 1);
-        }
+        return 0;
     }
-    ret = image_put(image, &r, payload);
+    r->type = BALE_RECORD_DATA;
+    /* What saves next to nothing is not worth decompressing. */
+    n = bale_codec_compress(bale_worker_codec(wc, image), packed,
+                            s->cluster_size - s->cluster_size / 64, data,
+                            s->cluster_size);
+    if (n < 0) {
+        return n;
+    }
+    r->codec = n ? codec : BALE_CODEC_NONE;
+    r->payload_len = n ? n : s->cluster_size;
+    *payload = n ? packed : data;
+    if (!n) {
+        stat_add(&s->stats.incompressible, 1);
+    }
+    return 0;
+}
+
+int bale_image_put_packed(BaleImage *image, BaleRecord *r,
+                          const uint8_t *payload, bool aside)
+{
+    BaleStore *s = image->store;
+    int ret = -ENOSPC;
+
+    if (aside) {
+        ret = image_put_once(image, BALE_BUCKET_COMPACTED, r, payload);
+    }
+    if (ret == -ENOSPC) {
+        ret = image_put(image, r, payload);
+    }
     if (ret == 0) {
         stat_add(&s->stats.logical_bytes, s->cluster_size);
-        stat_add(&s->stats.stored_bytes, bale_record_size(&r));
+        stat_add(&s->stats.stored_bytes, bale_record_size(r));
     }
     bale_epoch_poll(s->epoch); /* one load, unless the index has grown */
     return ret;
+}
+
+int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
+                           uint64_t cluster, const uint8_t *data)
+{
+    const uint8_t *payload;
+    BaleRecord r;
+    int ret = bale_image_pack_cluster(image, wc, cluster, data, wc->packed,
+                                      &r, &payload);
+
+    return ret < 0 ? ret : bale_image_put_packed(image, &r, payload, false);
 }
 
 /*

@@ -5,7 +5,8 @@
  * complete, or until others push it out; then the cluster is merged with what
  * is stored of it, and goes the way of a whole write.  A flush does not wait
  * for that: it appends what is dirty as patches (patch-internal.h), if that is
- * little, and the cluster stays here.
+ * little, and the cluster stays here.  Those that patches have saved leave the
+ * region many at a time, when nobody waits for room (mutable-batch.c).
  *
  * Invariants:
  *  1. What is in the region is newer than what the index points at.
@@ -29,7 +30,7 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
-#include "patch-internal.h"
+#include "mutable-internal.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -38,7 +39,6 @@
 #include "recover-internal.h"
 #include "util/memory.h"
 #include "util/planted.h"
-#include "util/seqcache.h"
 
 /* What may be in write-out at one time, bytes, and in clusters. */
 #define MUTABLE_OUT_BYTES (8u << 20)
@@ -47,71 +47,41 @@
 /* So many patches of one cluster, of so many bytes, need no worker. */
 #define JOURNAL_NOW_PATCHES 4u
 #define JOURNAL_NOW_BYTES   (16u << 10)
+/* Clusters that there is room for, if the options say less than this. */
+#define MUTABLE_CLUSTERS_MIN 4u
 /* Of these, so many may be open; the others are on their way out. */
 #define MUTABLE_OPEN_FRACTION 2
+/* As many as this part of what may be open leave the region together ... */
+#define MUTABLE_BATCH_FRACTION 3
+/* ... or fewer, if they have so many bytes. */
+#define MUTABLE_BATCH_BYTES (512u << 10)
 
-typedef struct MutableFlush {
-    struct MutableFlush *next;
-    uint64_t seq;
-    bool write_out; /* patches are not enough */
-    BaleDone *done;
-    void *opaque;
-} MutableFlush;
-
-struct BaleMutable {
-    BaleImage *image;
-    pthread_mutex_t lock;
-    BaleSeqcache *cache;
-    BalePatchTable patched;
-    BaleWork *waiting;     /* until a write-out ends; chained by next */
-    MutableFlush *flushes; /* in order of seq */
-    GQueue outs;           /* MutableOut by link */
-    unsigned outs_max;
-    unsigned claims;       /* not yet settled */
-    bool frozen;           /* nothing leaves the region */
-    pthread_cond_t idle;   /* something that was under way has ended */
-    uint8_t *zeroes;       /* one cluster of them */
-    /* The one who appends patches. */
-    BaleWork journal;
-    uint8_t *journal_data; /* a cluster for who does it now, made as needed */
-    BalePatchPacker packer;
-    bool journaling;
-    uint64_t journal_cluster; /* whose patches; UINT64_MAX: none just now */
-    BaleUnsaved journal_taken;
-};
-
-/* One write-out. */
-typedef struct MutableOut {
-    BaleWork work;
-    BaleMutable *m;
-    BaleSeqcacheOut *out;
-    uint64_t cluster;
-    BaleUnsaved taken; /* what of it no patch has saved */
-    GList link;
-    uint8_t *base; /* what is stored, if the cluster has gaps */
-} MutableOut;
-
-static void mutable_kick(BaleMutable *m);
 static bool mutable_journal_start(BaleMutable *m);
 
 BaleMutable *bale_mutable_new(BaleImage *image)
 {
     BaleStore *s = image->store;
+    uint32_t clusters = bale_patched_clusters_max(s->cluster_size);
     BaleSeqcacheOptions o = {
         .cluster_bytes = s->cluster_size,
         .align_bytes = BALE_BLOCK_SIZE,
-        .max_bytes = (uint64_t)bale_patched_clusters_max(s->cluster_size) *
-                     s->cluster_size,
     };
     BaleMutable *m = g_new0(BaleMutable, 1);
 
-    o.max_streams = o.max_bytes / s->cluster_size / MUTABLE_OPEN_FRACTION;
+    if (s->options.mutable_clusters) {
+        clusters = CLAMP(s->options.mutable_clusters, MUTABLE_CLUSTERS_MIN,
+                         clusters);
+    }
+    o.max_bytes = (uint64_t)clusters * s->cluster_size;
+    o.max_streams = clusters / MUTABLE_OPEN_FRACTION;
     m->image = image;
     m->outs_max = CLAMP(MUTABLE_OUT_BYTES / s->cluster_size,
                         MUTABLE_OUTS_MIN, MUTABLE_OUTS_MAX);
+    m->batch = MAX(o.max_streams / MUTABLE_BATCH_FRACTION, 1);
     m->journal_cluster = UINT64_MAX;
     m->journal_taken.seq = UINT64_MAX;
     bale_patch_table_init(&m->patched, s);
+    m->patched.max = clusters;
     pthread_mutex_init(&m->lock, NULL);
     pthread_cond_init(&m->idle, NULL);
     m->cache = bale_seqcache_new(&o, NULL);
@@ -172,7 +142,7 @@ static uint64_t mutable_oldest_unsaved(BaleMutable *m)
     uint64_t seq = MIN(bale_patch_oldest(&m->patched), m->journal_taken.seq);
 
     for (GList *l = m->outs.head; l; l = l->next) {
-        seq = MIN(seq, ((MutableOut *)l->data)->taken.seq);
+        seq = MIN(seq, ((BaleMutableOut *)l->data)->taken.seq);
     }
     return seq;
 }
@@ -182,10 +152,10 @@ static uint64_t mutable_oldest_unsaved(BaleMutable *m)
  * @seq, which could not be saved.  UINT64_MAX: it has patches, and only who
  * wants more than that must know.  Under the lock.
  */
-static MutableFlush *mutable_take_flushes(BaleMutable *m, int ret,
-                                          uint64_t seq)
+static BaleMutableFlush *mutable_take_flushes(BaleMutable *m, int ret,
+                                              uint64_t seq)
 {
-    MutableFlush **p = &m->flushes, *list = NULL, **tail = &list;
+    BaleMutableFlush **p = &m->flushes, *list = NULL, **tail = &list;
     uint64_t unsaved, oldest;
 
     if (!m->flushes) {
@@ -194,7 +164,7 @@ static MutableFlush *mutable_take_flushes(BaleMutable *m, int ret,
     unsaved = mutable_oldest_unsaved(m);
     oldest = bale_seqcache_oldest_seq(m->cache);
     while (*p) {
-        MutableFlush *f = *p;
+        BaleMutableFlush *f = *p;
 
         if (ret < 0 ? f->write_out || f->seq >= seq
                     : f->seq < (f->write_out ? MIN(unsaved, oldest)
@@ -210,11 +180,11 @@ static MutableFlush *mutable_take_flushes(BaleMutable *m, int ret,
     return list;
 }
 
-static void mutable_finish_flushes(BaleMutable *m, MutableFlush *list,
+static void mutable_finish_flushes(BaleMutable *m, BaleMutableFlush *list,
                                    int ret)
 {
     while (list) {
-        MutableFlush *f = list;
+        BaleMutableFlush *f = list;
 
         list = f->next;
         if (ret < 0) {
@@ -227,9 +197,9 @@ static void mutable_finish_flushes(BaleMutable *m, MutableFlush *list,
 }
 
 /* @out has begun: note it.  Under the lock. */
-static MutableOut *mutable_out_new(BaleMutable *m, BaleSeqcacheOut *out)
+BaleMutableOut *bale_mutable_out_new(BaleMutable *m, BaleSeqcacheOut *out)
 {
-    MutableOut *o = g_new0(MutableOut, 1);
+    BaleMutableOut *o = g_new0(BaleMutableOut, 1);
     BalePatched *p;
 
     o->m = m;
@@ -246,11 +216,11 @@ static MutableOut *mutable_out_new(BaleMutable *m, BaleSeqcacheOut *out)
     return o;
 }
 
-static void mutable_out_end(MutableOut *o, int ret)
+void bale_mutable_out_end(BaleMutableOut *o, int ret)
 {
     BaleMutable *m = o->m;
     BaleStore *s = m->image->store;
-    MutableFlush *flushes;
+    BaleMutableFlush *flushes;
     BalePatched *p;
 
     pthread_mutex_lock(&m->lock);
@@ -274,7 +244,7 @@ static void mutable_out_end(MutableOut *o, int ret)
     g_free(o);
 
     mutable_finish_flushes(m, flushes, ret);
-    mutable_kick(m);
+    bale_mutable_kick(m);
 
     bale_background_end(s);
 }
@@ -282,9 +252,9 @@ static void mutable_out_end(MutableOut *o, int ret)
 /* On a worker: everything that the gaps need is there. */
 static void mutable_out_work(BaleWork *work, void *context, unsigned worker)
 {
-    MutableOut *o = (MutableOut *)((char *)work - offsetof(MutableOut, work));
+    BaleMutableOut *o = (BaleMutableOut *)((char *)work -
+                                           offsetof(BaleMutableOut, work));
     BaleStore *s = o->m->image->store;
-    uint64_t offset = bale_seqcache_out_offset(o->out);
     uint8_t *data = bale_seqcache_out_data(o->out);
     size_t start = 0, len, gap = 0;
 
@@ -298,17 +268,16 @@ static void mutable_out_work(BaleWork *work, void *context, unsigned worker)
         start += len;
         gap = start;
     }
-    mutable_out_end(o, bale_image_put_cluster(o->m->image, context,
-                                              offset >> s->cluster_bits,
-                                              data));
+    bale_mutable_out_end(o, bale_image_put_cluster(o->m->image, context,
+                                                   o->cluster, data));
 }
 
 static void mutable_base_read(void *opaque, int ret)
 {
-    MutableOut *o = opaque;
+    BaleMutableOut *o = opaque;
 
     if (ret < 0) {
-        mutable_out_end(o, ret);
+        bale_mutable_out_end(o, ret);
         return;
     }
     o->work.fn = mutable_out_work;
@@ -316,7 +285,7 @@ static void mutable_base_read(void *opaque, int ret)
                       BALE_WORK_BULK);
 }
 
-static void mutable_out_start(MutableOut *o)
+static void mutable_out_start(BaleMutableOut *o)
 {
     BaleMutable *m = o->m;
     BaleStore *s = m->image->store;
@@ -328,11 +297,11 @@ static void mutable_out_start(MutableOut *o)
     }
     o->base = bale_memory_try_alloc(BALE_BLOCK_SIZE, s->cluster_size);
     if (!o->base) {
-        mutable_out_end(o, -ENOMEM);
+        bale_mutable_out_end(o, -ENOMEM);
         return;
     }
-    bale_image_read_stored(m->image, o->cluster, o->base, mutable_base_read,
-                           o);
+    bale_image_read_stored(m->image, o->cluster, o->base, false,
+                           mutable_base_read, o);
 }
 
 /* --- what a flush wants --- */
@@ -342,7 +311,7 @@ static uint64_t mutable_wanted(BaleMutable *m, bool write_out)
 {
     uint64_t seq = 0;
 
-    for (MutableFlush *f = m->flushes; f; f = f->next) {
+    for (BaleMutableFlush *f = m->flushes; f; f = f->next) {
         if (f->write_out || !write_out) {
             seq = MAX(seq, f->seq);
         }
@@ -375,9 +344,11 @@ static BalePatched *mutable_due(BaleMutable *m, bool patches)
             continue;
         }
         /* A complete cluster goes the way of a whole one anyhow. */
-        worth = !paused && bale_patch_worth(&m->patched, p) &&
-                !(bale_seqcache_lookup(m->cache, begin, s->cluster_size,
-                                       &run) && run == s->cluster_size);
+        worth = !paused &&
+                (bale_seqcache_lookup(m->cache, begin, s->cluster_size,
+                                      &run) && run == s->cluster_size
+                     ? bale_patch_worth_last(&m->patched, p)
+                     : bale_patch_worth(&m->patched, p));
         if (worth == patches) {
             return p;
         }
@@ -385,8 +356,43 @@ static BalePatched *mutable_due(BaleMutable *m, bool patches)
     return NULL;
 }
 
+/* What is to be done with the cluster that has been finished for longest. */
+typedef enum Finished {
+    FINISHED_NONE,
+    FINISHED_OUT,   /* write it out */
+    FINISHED_WAITS, /* the next flush saves the rest of it */
+    FINISHED_SAVED, /* patches have saved it: it waits for others */
+    FINISHED_BATCH, /* and there are enough */
+} Finished;
+
+/* Under the lock. */
+static Finished mutable_finished(BaleMutable *m)
+{
+    size_t n = bale_seqcache_finished_clusters(m->cache), bytes;
+    uint64_t offset;
+    BalePatched *p;
+
+    if (!bale_seqcache_peek_finished(m->cache, &offset, &bytes)) {
+        return FINISHED_NONE;
+    }
+    p = bale_patch_find(&m->patched, offset >> m->image->store->cluster_bits);
+    /* Who waits for room gets it soonest one by one. */
+    if (m->waiting || !p || !p->patches) {
+        return FINISHED_OUT;
+    }
+    if (p->unsaved.seq != UINT64_MAX) {
+        return n < m->batch && bale_patch_worth_last(&m->patched, p)
+                   ? FINISHED_WAITS
+                   : FINISHED_OUT;
+    }
+    return !m->batching &&
+                   (n >= m->batch || n * bytes >= MUTABLE_BATCH_BYTES)
+               ? FINISHED_BATCH
+               : FINISHED_SAVED;
+}
+
 /* Begin the write-outs that are due, and the appending of patches. */
-static void mutable_kick(BaleMutable *m)
+void bale_mutable_kick(BaleMutable *m)
 {
     BaleStore *s = m->image->store;
     unsigned held = 0; /* of the store's background */
@@ -394,8 +400,10 @@ static void mutable_kick(BaleMutable *m)
 
     while (more) {
         BaleSeqcacheOut *out = NULL;
-        MutableFlush *failed = NULL;
-        MutableOut *o = NULL;
+        BaleMutableFlush *failed = NULL;
+        BaleMutableBatch *batch = NULL;
+        Finished finished;
+        BaleMutableOut *o = NULL;
         bool journal = false;
         int err = 0;
 
@@ -407,7 +415,13 @@ static void mutable_kick(BaleMutable *m)
         if (m->flushes && !m->journaling && mutable_due(m, true)) {
             m->journaling = journal = true;
         }
-        if (m->outs.length < m->outs_max) {
+        finished = m->outs.length < m->outs_max ? mutable_finished(m)
+                                                : FINISHED_NONE;
+        if (finished == FINISHED_BATCH) {
+            batch = bale_mutable_batch_new(m, m->batch);
+        }
+        if (finished == FINISHED_OUT ||
+            (finished == FINISHED_BATCH && !batch)) {
             out = bale_seqcache_begin_finished(m->cache, &err);
         }
         if (!out && m->flushes && m->outs.length < m->outs_max) {
@@ -423,13 +437,16 @@ static void mutable_kick(BaleMutable *m)
             }
         }
         if (out) {
-            o = mutable_out_new(m, out);
+            o = bale_mutable_out_new(m, out);
         } else if (err < 0 && m->outs.length == 0) {
             failed = mutable_take_flushes(m, err, 0);
         }
         pthread_mutex_unlock(&m->lock);
         mutable_finish_flushes(m, failed, err);
-        more = o;
+        more = o || batch;
+        if (batch) {
+            bale_mutable_batch_start(batch);
+        }
         if (journal && mutable_journal_start(m)) {
             held++;
             more = true;
@@ -561,7 +578,7 @@ static int mutable_journal_cluster(BaleMutable *m, BalePatched *p,
                                    uint8_t *data, bool may_wait)
 {
     uint64_t cluster = p->cluster;
-    MutableFlush *flushes;
+    BaleMutableFlush *flushes;
     BaleUnsaved taken;
     int ret = 0;
 
@@ -596,7 +613,7 @@ static void mutable_journal_work(BaleWork *work, void *context,
                                      offsetof(BaleMutable, journal));
     BaleStore *s = m->image->store;
     BaleWorkerContext *wc = context;
-    MutableFlush *flushes;
+    BaleMutableFlush *flushes;
     BalePatched *p;
     int ret = 0;
 
@@ -609,7 +626,7 @@ static void mutable_journal_work(BaleWork *work, void *context,
     flushes = ret < 0 ? mutable_take_flushes(m, ret, 0) : NULL;
     pthread_mutex_unlock(&m->lock);
     mutable_finish_flushes(m, flushes, ret);
-    mutable_kick(m);
+    bale_mutable_kick(m);
 
     bale_background_end(s);
 }
@@ -710,7 +727,7 @@ int bale_mutable_put(BaleMutable *m, uint64_t offset, const struct iovec *iov,
                 bale_seqcache_begin_upto(m->cache, UINT64_MAX, &err);
 
             if (out) {
-                MutableOut *o = mutable_out_new(m, out);
+                BaleMutableOut *o = bale_mutable_out_new(m, out);
 
                 retry->next = m->waiting;
                 m->waiting = retry;
@@ -728,7 +745,7 @@ int bale_mutable_put(BaleMutable *m, uint64_t offset, const struct iovec *iov,
         /* All there is has failed to be written: the store is full. */
         return ret == -ENOMEM ? -ENOMEM : -ENOSPC;
     }
-    mutable_kick(m);
+    bale_mutable_kick(m);
     return ret == -ENOMEM ? -EAGAIN : ret;
 }
 
@@ -759,7 +776,7 @@ bool bale_mutable_claim(BaleMutable *m, uint64_t offset, uint64_t len,
 void bale_mutable_settle(BaleMutable *m, uint64_t offset, uint64_t len,
                          bool written)
 {
-    MutableFlush *flushes;
+    BaleMutableFlush *flushes;
 
     pthread_mutex_lock(&m->lock);
     bale_seqcache_release(m->cache, offset, len);
@@ -775,7 +792,7 @@ void bale_mutable_settle(BaleMutable *m, uint64_t offset, uint64_t len,
     flushes = mutable_take_flushes(m, 0, 0);
     pthread_mutex_unlock(&m->lock);
     mutable_finish_flushes(m, flushes, 0);
-    mutable_kick(m);
+    bale_mutable_kick(m);
 }
 
 bool bale_mutable_cached(BaleMutable *m, uint64_t offset, uint64_t len)
@@ -857,7 +874,7 @@ bool bale_mutable_waiting(BaleMutable *m, bool write_out)
 void bale_mutable_flush(BaleMutable *m, bool write_out, BaleDone *done,
                         void *opaque)
 {
-    MutableFlush *f, **p;
+    BaleMutableFlush *f, **p;
 
     pthread_mutex_lock(&m->lock);
     if (!mutable_waiting(m, write_out)) {
@@ -865,7 +882,7 @@ void bale_mutable_flush(BaleMutable *m, bool write_out, BaleDone *done,
         bale_log_flush(m->image->store, done, opaque);
         return;
     }
-    f = g_new0(MutableFlush, 1);
+    f = g_new0(BaleMutableFlush, 1);
     f->seq = bale_seqcache_seq(m->cache);
     f->write_out = write_out;
     f->done = done;
@@ -875,14 +892,14 @@ void bale_mutable_flush(BaleMutable *m, bool write_out, BaleDone *done,
     }
     *p = f;
     pthread_mutex_unlock(&m->lock);
-    mutable_kick(m);
+    bale_mutable_kick(m);
 }
 
 void bale_mutable_freeze(BaleMutable *m)
 {
     pthread_mutex_lock(&m->lock);
     m->frozen = true;
-    while (m->outs.length || m->journaling) {
+    while (m->outs.length || m->journaling || m->batching) {
         pthread_cond_wait(&m->idle, &m->lock);
     }
     pthread_mutex_unlock(&m->lock);
@@ -893,14 +910,14 @@ void bale_mutable_thaw(BaleMutable *m)
     pthread_mutex_lock(&m->lock);
     m->frozen = false;
     pthread_mutex_unlock(&m->lock);
-    mutable_kick(m);
+    bale_mutable_kick(m);
 }
 
 void bale_mutable_discard(BaleMutable *m, uint64_t offset, uint64_t len)
 {
     unsigned bits = m->image->store->cluster_bits;
     uint64_t first = bale_align_up(offset, 1ull << bits) >> bits;
-    MutableFlush *flushes;
+    BaleMutableFlush *flushes;
 
     pthread_mutex_lock(&m->lock);
     while (m->outs.length || m->journal_cluster != UINT64_MAX) {
@@ -1107,6 +1124,7 @@ static int mutable_recover_all(BaleMutable *m, BalePatchPacker *packer,
     void *value;
 
     m->patched = *t;
+    m->patched.max = empty.max;
     *t = empty;
     g_hash_table_iter_init(&iter, m->patched.clusters);
     while (g_hash_table_iter_next(&iter, NULL, &value)) {
@@ -1119,6 +1137,7 @@ static int mutable_recover_all(BaleMutable *m, BalePatchPacker *packer,
         }
         mutable_recover_orphans(m, p);
         if (p->patches->len == 0) {
+            m->patched.patched--;
             g_hash_table_iter_remove(&iter);
             continue;
         }

@@ -352,6 +352,11 @@ bool bale_page_has_room(BaleStore *s, uint64_t bytes)
            RESERVE_PAGES + bytes / s->page_size;
 }
 
+bool bale_page_has_fresh(BaleStore *s)
+{
+    return pages_room(s, BALE_BUCKET_FRESH) > 0;
+}
+
 /*
  * A failed store is well again; everything behind the last flush is durable.
  * But a mark that was written since may be lost: it is written again.

@@ -17,6 +17,10 @@
  *  3. The patches of a cluster are freed after a newer record of the whole
  *     cluster is in the index.
  *  4. A clean store has no patches that count.
+ *  5. What a crash can bring back is within the format's caps: besides clusters
+ *     with patches those count whose patches a record has superseded that is
+ *     not durable yet, for it may lie in another page than what is appended
+ *     after it, and only that may survive.
  *
  * Threads: none of its own; the mutable region's lock guards a table.
  *
@@ -32,6 +36,8 @@
 #define PATCH_RANGES_MAX 8u
 /* The patches of a cluster may take so many clusters in the log. */
 #define PATCH_COST_CLUSTERS 2u
+/* Of a complete cluster, so little may be saved as patches. */
+#define PATCH_LAST_FRACTION 8u
 
 typedef struct BalePatchRange {
     uint32_t start, end;
@@ -69,6 +75,12 @@ struct BalePatchTable {
     GQueue unsaved;       /* by link, in order of unsaved.seq */
     uint64_t patches;     /* that are live */
     uint64_t bytes;       /* live bytes of these */
+    uint32_t patched;     /* clusters that have some */
+    uint32_t max;         /* of these and ghosts; UINT32_MAX: no limit */
+    /* Superseded by records that a flush shall make durable. */
+    uint64_t ghost_flush;   /* number of its request */
+    uint32_t ghosts;        /* clusters; as many as there are at most */
+    uint32_t ghost_patches; /* of the one that had most */
 };
 
 /* For a recovery: a table that is not part of a mutable region. */
@@ -128,7 +140,9 @@ void bale_patch_put_back(BalePatchTable *t, BalePatched *p,
 /* The number of the oldest byte that is unsaved and not taken. */
 uint64_t bale_patch_oldest(const BalePatchTable *t);
 /* Is it worth a few patches?  Else the whole cluster shall be written. */
-bool bale_patch_worth(const BalePatchTable *t, const BalePatched *p);
+bool bale_patch_worth(BalePatchTable *t, const BalePatched *p);
+/* The same for a complete cluster, of which patches have saved the rest. */
+bool bale_patch_worth_last(BalePatchTable *t, const BalePatched *p);
 /* A patch of @p is in the log. */
 void bale_patch_add(BalePatchTable *t, BalePatched *p, const BalePatch *patch);
 /* Patches are superseded.  The page counters follow if @live. */

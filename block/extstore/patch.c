@@ -25,6 +25,7 @@ static void patched_free(void *opaque)
 void bale_patch_table_init(BalePatchTable *t, BaleStore *s)
 {
     t->store = s;
+    t->max = UINT32_MAX;
     t->clusters = g_hash_table_new_full(g_int64_hash, g_int64_equal, NULL,
                                         patched_free);
     g_queue_init(&t->unsaved);
@@ -170,7 +171,32 @@ static uint64_t patch_size(uint32_t len)
                          BALE_RECORD_ALIGN);
 }
 
-bool bale_patch_worth(const BalePatchTable *t, const BalePatched *p)
+/* Under log_lock: forget what is durable by now. */
+static void patch_settle_ghosts(BalePatchTable *t)
+{
+    if (t->ghost_flush <= t->store->flushed_request) {
+        t->ghosts = t->ghost_patches = 0;
+    }
+}
+
+/* Is there room for @n more patches of @p, whatever a crash brings back? */
+static bool patch_has_room(BalePatchTable *t, const BalePatched *p, unsigned n)
+{
+    uint32_t patches = (p->patches ? p->patches->len : 0) + n;
+    uint32_t patched = t->patched + !p->patches;
+
+    if (t->ghosts &&
+        (patched + t->ghosts > t->max ||
+         patches + t->ghost_patches > BALE_PATCHES_PER_CLUSTER_MAX)) {
+        pthread_mutex_lock(&t->store->log_lock);
+        patch_settle_ghosts(t);
+        pthread_mutex_unlock(&t->store->log_lock);
+    }
+    return patched + t->ghosts <= t->max &&
+           patches + t->ghost_patches <= BALE_PATCHES_PER_CLUSTER_MAX;
+}
+
+bool bale_patch_worth(BalePatchTable *t, const BalePatched *p)
 {
     uint64_t cluster_size = t->store->cluster_size;
     uint64_t bytes = 0, cost = p->cost;
@@ -183,14 +209,25 @@ bool bale_patch_worth(const BalePatchTable *t, const BalePatched *p)
     }
     return !p->unsaved.many && bytes <= cluster_size / 2 &&
            cost <= PATCH_COST_CLUSTERS * cluster_size &&
-           (p->patches ? p->patches->len : 0) + p->unsaved.n <=
-               BALE_PATCHES_PER_CLUSTER_MAX;
+           patch_has_room(t, p, p->unsaved.n);
+}
+
+bool bale_patch_worth_last(BalePatchTable *t, const BalePatched *p)
+{
+    uint64_t bytes = 0;
+
+    for (unsigned i = 0; i < p->unsaved.n; i++) {
+        bytes += p->unsaved.range[i].end - p->unsaved.range[i].start;
+    }
+    return p->patches && bale_patch_worth(t, p) &&
+           bytes <= t->store->cluster_size / PATCH_LAST_FRACTION;
 }
 
 void bale_patch_add(BalePatchTable *t, BalePatched *p, const BalePatch *patch)
 {
     if (!p->patches) {
         p->patches = g_array_new(FALSE, FALSE, sizeof(BalePatch));
+        t->patched++;
     }
     g_array_append_val(p->patches, *patch);
     p->cost += patch_size(patch->len);
@@ -218,11 +255,18 @@ void bale_patch_drop(BalePatchTable *t, BalePatched *p, bool live)
         t->patches--;
         t->bytes -= bale_patch_live(patch->len);
     }
+    if (live && !BALE_PLANTED(ghosts_forgotten)) {
+        patch_settle_ghosts(t);
+        t->ghost_flush = s->flush_request + 1;
+        t->ghosts++;
+        t->ghost_patches = MAX(t->ghost_patches, p->patches->len);
+    }
     if (live) {
         pthread_mutex_unlock(&s->log_lock);
     }
     g_array_free(p->patches, TRUE);
     p->patches = NULL;
+    t->patched--;
     p->cost = 0;
 }
 

@@ -59,6 +59,7 @@ struct BaleRequest {
     BaleRequestKind kind;
     unsigned flags;
     bool scan;             /* a small read that continues a stream */
+    bool in_place;         /* whoever asks would only wait */
     uint64_t offset, len;
     const struct iovec *iov;
     int iovcnt;

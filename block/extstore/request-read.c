@@ -225,9 +225,10 @@ static void op_read_fetched(BaleClusterOp *op)
     BaleRequest *req = op->req;
     BaleStore *s = req->image->store;
 
-    if (req->kind == REQUEST_READ && req->n == 1 &&
+    if ((req->kind == REQUEST_READ || req->in_place) && req->n == 1 &&
         s->cluster_size <= INLINE_CLUSTER_MAX &&
-        __atomic_load_n(&s->reads_in_flight, __ATOMIC_RELAXED) == 1 &&
+        __atomic_load_n(&s->reads_in_flight, __ATOMIC_RELAXED) ==
+            (req->kind == REQUEST_READ) &&
         !__atomic_exchange_n(&s->inline_busy, 1, __ATOMIC_ACQUIRE)) {
         int ret = op_unpack(op, &s->inline_context);
 
@@ -310,6 +311,7 @@ static void runs_submit(BaleStore *s, BaleReadRun *runs)
         run->io.offset = run->begin;
         run->io.len = run->end - run->begin;
         run->io.done = run_done;
+        run->io.may_block = req->in_place;
         run->io.buf = bale_memory_try_alloc(BALE_BLOCK_SIZE, run->io.len);
         run->gated = run->io.buf && req->kind == REQUEST_READ && req->n == 1;
         if (run->gated) {

@@ -421,8 +421,8 @@ static void op_base_read(void *opaque, int ret)
 
 /* Read one cluster to @buf, zeroes behind the image's end. */
 static void image_read_cluster(BaleImage *image, BaleRequestKind kind,
-                               uint64_t cluster, uint8_t *buf, BaleDone *done,
-                               void *opaque)
+                               uint64_t cluster, uint8_t *buf, bool in_place,
+                               BaleDone *done, void *opaque)
 {
     BaleStore *s = image->store;
     uint32_t len = cluster_len(image, cluster);
@@ -435,6 +435,7 @@ static void image_read_cluster(BaleImage *image, BaleRequestKind kind,
     }
     stat_add(&s->stats.read_modify_writes, 1);
     memset(buf + len, 0, s->cluster_size - len);
+    req->in_place = in_place;
     req->own_iov.iov_base = buf;
     req->own_iov.iov_len = len;
     req->iov = &req->own_iov;
@@ -444,10 +445,10 @@ static void image_read_cluster(BaleImage *image, BaleRequestKind kind,
 }
 
 void bale_image_read_stored(BaleImage *image, uint64_t cluster, uint8_t *buf,
-                            BaleDone *done, void *opaque)
+                            bool in_place, BaleDone *done, void *opaque)
 {
-    image_read_cluster(image, REQUEST_READ_STORED, cluster, buf, done,
-                       opaque);
+    image_read_cluster(image, REQUEST_READ_STORED, cluster, buf, in_place,
+                       done, opaque);
 }
 
 /* Read what is in the cluster now; then the op is ready. */
@@ -461,7 +462,7 @@ static void op_read_base(BaleClusterOp *op)
         bale_op_done(op, -ENOMEM);
         return;
     }
-    image_read_cluster(image, REQUEST_READ, op->cluster, op->buf,
+    image_read_cluster(image, REQUEST_READ, op->cluster, op->buf, false,
                        op_base_read, op);
 }
 
@@ -535,7 +536,7 @@ static void op_copy_up_start(BaleClusterOp *op)
          * With what waits in the mutable region: the record that follows hides
          * the patches of that.
          */
-        image_read_cluster(image, REQUEST_READ, op->cluster, op->buf,
+        image_read_cluster(image, REQUEST_READ, op->cluster, op->buf, false,
                            op_copied_read, op);
     } else {
         op_written(op, -ENOMEM);
@@ -595,7 +596,7 @@ static bool op_compare_start(BaleClusterOp *op)
     if (!op->buf) {
         return false;
     }
-    image_read_cluster(image, REQUEST_READ, op->cluster, op->buf,
+    image_read_cluster(image, REQUEST_READ, op->cluster, op->buf, false,
                        op_compare_read, op);
     return true;
 }

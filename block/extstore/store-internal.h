@@ -465,6 +465,8 @@ void bale_page_free_list_rebuild(BaleStore *s);
 void bale_page_set_max_size(BaleStore *s, uint64_t bytes);
 /* Could @bytes of metadata be written without touching the reserve? */
 bool bale_page_has_room(BaleStore *s, uint64_t bytes);
+/* Could fresh data take another page?  With session_lock, under log_lock. */
+bool bale_page_has_fresh(BaleStore *s);
 /* Pages that are not free, or that somebody is just taking. */
 uint64_t bale_pages_in_use(BaleStore *s);
 /* Not under log_lock: make @bucket's active page have room for a segment. */
@@ -566,6 +568,8 @@ bool bale_ahead_spoilt(BaleStore *s, uint64_t page);
 void bale_ahead_write(BaleStore *s);
 /* The session is over: wait, and forget what is zero.  Drops log_lock. */
 void bale_ahead_settle(BaleStore *s);
+/* @bytes were written for what small flushes have saved. */
+void bale_ahead_spend(BaleStore *s, uint64_t bytes);
 
 /* log.c */
 void bale_log_init(BaleStore *s);
@@ -792,11 +796,26 @@ void bale_image_copy_up(BaleImage *image, uint64_t offset, uint64_t len,
 int bale_image_put_cluster(BaleImage *image, BaleWorkerContext *wc,
                            uint64_t cluster, const uint8_t *data);
 /*
+ * The same in two steps.  First, on a worker: make the record @r of it, whose
+ * *@payload is @data or at @packed, which has room for a cluster.
+ */
+int bale_image_pack_cluster(BaleImage *image, BaleWorkerContext *wc,
+                            uint64_t cluster, const uint8_t *data,
+                            uint8_t *packed, BaleRecord *r,
+                            const uint8_t **payload);
+/*
+ * Then append that, and point the index at it; with @aside next to what
+ * compaction copies, if there is room.
+ */
+int bale_image_put_packed(BaleImage *image, BaleRecord *r,
+                          const uint8_t *payload, bool aside);
+/*
  * Read what is stored of @cluster, without the mutable region and without what
- * lies under the image: zeroes if nothing is.
+ * lies under the image: zeroes if nothing is.  With @in_place the caller would
+ * only wait for it.
  */
 void bale_image_read_stored(BaleImage *image, uint64_t cluster, uint8_t *buf,
-                            BaleDone *done, void *opaque);
+                            bool in_place, BaleDone *done, void *opaque);
 
 /*
  * request-read.c: do some of what reads wait for workers for, who may all wait

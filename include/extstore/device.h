@@ -54,8 +54,8 @@ struct BaleDeviceIo {
     size_t len;      /* bytes */
     BaleDeviceDone *done;
     /*
-     * Whoever submits this store or flush has nothing to do but wait for it: a
-     * device may do all of it, and complete it, before the call returns.
+     * Whoever submits this has nothing to do but wait for it: a device may do
+     * all of it, and complete it, before the call returns.
      */
     bool may_block;
     /* For the device's own use between submission and completion. */

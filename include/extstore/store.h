@@ -167,6 +167,9 @@ typedef struct BaleOpenOptions {
     uint32_t ahead_bytes;    /* of zeroes, written at a time into the room that
                               * small flushes will take; 0: as many as seems
                               * good; BALE_AHEAD_NONE: none */
+    uint32_t mutable_clusters; /* that wait in memory, of each image, at least
+                              * 4; 0: as many as a store may have.  For tests:
+                              * what has more cannot be opened with less */
     uint64_t max_size;       /* in place of the stored one, bytes; 0: the
                               * stored one; BALE_MAX_SIZE_NONE: none */
     BaleFailedNotify *failed; /* optional */

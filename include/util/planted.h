@@ -43,6 +43,8 @@ enum {
     BALE_PLANTED_tombstone_forgotten,
     BALE_PLANTED_merge_forgotten,
     BALE_PLANTED_claim_forgets,
+    BALE_PLANTED_batch_stale,
+    BALE_PLANTED_ghosts_forgotten,
     BALE_PLANTED_resize_not_durable,
     BALE_PLANTED_cut_early,
     BALE_PLANTED_tail_not_proven,

@@ -167,6 +167,16 @@ bool bale_seqcache_lookup(const BaleSeqcache *sc, uint64_t offset, uint64_t len,
 /* The cluster that has been finished for longest. */
 BaleSeqcacheOut *bale_seqcache_begin_finished(BaleSeqcache *sc, int *err);
 
+/* Where the cluster starts that bale_seqcache_begin_finished() would begin, and
+ * how many of its bytes are cached; false: there is none. */
+bool bale_seqcache_peek_finished(const BaleSeqcache *sc, uint64_t *offset,
+                                 size_t *bytes);
+
+/* Where the clusters start that it would begin one after the other, at most
+ * @max; how many. */
+unsigned bale_seqcache_list_finished(const BaleSeqcache *sc,
+                                     uint64_t *offsets, unsigned max);
+
 /* The cluster with the oldest byte, open or finished, if that byte's number
  * is at most @seq; UINT64_MAX for any. */
 BaleSeqcacheOut *bale_seqcache_begin_upto(BaleSeqcache *sc, uint64_t seq,

@@ -111,6 +111,7 @@ typedef struct Geometry {
     bool skip_unchanged; /* writes are compared with what is there */
     uint64_t max_size;  /* of the store; 0: no limit */
     uint32_t ahead_bytes; /* of zeroes at a time; 0: more than we flush */
+    uint32_t mutable_clusters; /* in memory; 0: more than there are */
 } Geometry;
 
 extern const Geometry geometries[];

@@ -34,6 +34,8 @@ const Geometry geometries[] = {
       .max_size = SUPER_BYTES + 12 * BALE_PAGE_SIZE_UNIT },
     { "skipping", 4096, BALE_CODEC_ZSTD, 6, 8, .skip_unchanged = true,
       .ahead_bytes = BALE_BLOCK_SIZE },
+    /* Little memory: clusters leave it in batches, others at once. */
+    { "batches", 16384, BALE_CODEC_ZSTD, 6, 8, true, .mutable_clusters = 4 },
 };
 const unsigned geometry_count = G_N_ELEMENTS(geometries);
 
@@ -352,6 +354,7 @@ bool world_open(World *w)
     BaleOpenOptions o = { .workers = w->workers,
                           .cache_size = 2 * w->geo->cluster_size,
                           .ahead_bytes = w->geo->ahead_bytes,
+                          .mutable_clusters = w->geo->mutable_clusters,
                           .failed = world_failed,
                           .damage = world_damage,
                           .notify_opaque = w };

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "../../block/extstore/patch-internal.h"
 #include "stores.h"
 
 #define CLUSTER 65536u
@@ -460,6 +461,154 @@ static void test_many(void)
     fixture_close(&f);
 }
 
+/*
+ * A cluster that is complete after many small flushes is not waited for: its
+ * last piece is a patch like the others, and it leaves with its neighbours.
+ */
+static void test_last_piece(void)
+{
+    const unsigned clusters = (512u << 10) / CLUSTER, blocks = CLUSTER / BLOCK;
+    BaleStoreStats stats;
+    Fixture f;
+
+    fixture_init(&f);
+    for (unsigned i = 0; i < clusters * blocks; i++) {
+        stats = fixture_stats(&f);
+        g_assert_cmpuint(stats.patches, ==, i);
+        g_assert_cmpuint(stats.logical_bytes, ==, 0);
+        g_assert_cmpuint(stats.mutable_clusters, ==,
+                         (i + blocks - 1) / blocks);
+        put(&f, i * BLOCK, BLOCK, i + 1);
+        flush(&f);
+    }
+    g_assert_cmpuint(fixture_stats(&f).patches, ==, clusters * blocks);
+    /* When the last one became complete the others had been saved. */
+    while (fixture_stats(&f).mutable_clusters > 1) {
+        g_usleep(1000);
+    }
+    stats = fixture_stats(&f);
+    g_assert_cmpuint(stats.logical_bytes, ==, (clusters - 1) * CLUSTER);
+    g_assert_cmpuint(stats.patches_live, ==, blocks);
+    /* Large pieces are not written twice. */
+    put(&f, clusters * CLUSTER, CLUSTER / 2, 1);
+    flush(&f);
+    put(&f, clusters * CLUSTER + CLUSTER / 2, CLUSTER / 2, 2);
+    flush(&f);
+    g_assert_cmpuint(fixture_stats(&f).logical_bytes, ==, clusters * CLUSTER);
+    g_assert_cmpuint(fixture_stats(&f).patches, ==, clusters * blocks + 1);
+    fixture_kill(&f, false);
+    for (unsigned i = 0; i < clusters * blocks; i++) {
+        check(&f, i * BLOCK, i + 1);
+    }
+    check_store(&f);
+    fixture_close(&f);
+}
+
+/* Batches beside writes, flushes, whole clusters and discards. */
+static void test_batches(void)
+{
+    const unsigned blocks = CLUSTER / BLOCK;
+    g_autoptr(GRand) rand = g_rand_new_with_seed(7);
+    g_autofree uint8_t *is = g_malloc0(CLUSTERS * blocks);
+    Fixture f;
+
+    memset(&f, 0, sizeof(f));
+    f.open.mutable_clusters = 16;
+    fixture_start(&f, BALE_CODEC_ZSTD);
+    for (unsigned round = 0; round < 3; round++) {
+        for (unsigned i = 0; i < 1000; i++) {
+            unsigned n = g_rand_int_range(rand, 0, CLUSTERS * blocks);
+            unsigned c = n / blocks;
+            uint8_t value = i % 255 + 1;
+
+            if (i % 50 == 10) {
+                put(&f, c * CLUSTER, CLUSTER, value);
+                memset(is + c * blocks, value, blocks);
+                continue;
+            }
+            if (i % 50 == 20) {
+                g_assert_cmpint(bale_image_zero_sync(f.image, c * CLUSTER,
+                                                     CLUSTER, 0), ==, 0);
+                memset(is + c * blocks, 0, blocks);
+                continue;
+            }
+            put(&f, (uint64_t)n * BLOCK, BLOCK, value);
+            is[n] = value;
+            if (i % 4 == 3) {
+                flush(&f);
+            }
+        }
+        flush(&f);
+        g_assert_cmpuint(fixture_stats(&f).mutable_clusters, <=, 16);
+        if (round) {
+            fixture_kill(&f, false);
+        } else {
+            fixture_reopen(&f);
+        }
+        for (unsigned n = 0; n < CLUSTERS * blocks; n++) {
+            uint8_t buf[8];
+
+            g_assert_cmpint(bale_image_read_sync(f.image,
+                                                 (uint64_t)n * BLOCK, buf, 8),
+                            ==, 0);
+            g_assert_cmpint(buf[4], ==, is[n]);
+        }
+        check_store(&f);
+    }
+    g_assert_cmpuint(f.complaints, ==, 0);
+    fixture_close(&f);
+}
+
+static void note_and_add(BalePatchTable *t, uint64_t cluster)
+{
+    BalePatch patch = { .len = 512 };
+
+    bale_patch_note(t, cluster, 0, 512, 1);
+    bale_patch_add(t, bale_patch_find(t, cluster), &patch);
+}
+
+/*
+ * What supersedes patches may be lost in a crash, and patches that are newer
+ * be there: until a flush, both count.
+ */
+static void test_caps(void)
+{
+    BaleStore s = { .cluster_size = CLUSTER };
+    BalePatchTable t = { .store = NULL };
+    BalePatched *p;
+
+    pthread_mutex_init(&s.log_lock, NULL);
+    bale_patch_table_init(&t, &s);
+    t.max = 8;
+    for (unsigned i = 0; i < 8; i++) {
+        note_and_add(&t, i);
+    }
+    bale_patch_note(&t, 8, 0, 512, 2);
+    p = bale_patch_find(&t, 8);
+    g_assert_false(bale_patch_worth(&t, p));
+    g_assert_true(bale_patch_worth(&t, bale_patch_find(&t, 7)));
+    bale_patch_drop(&t, bale_patch_find(&t, 0), true);
+    g_assert_false(bale_patch_worth(&t, p));
+    /* One that was asked for before proves nothing. */
+    s.flushed_request = s.flush_request;
+    g_assert_false(bale_patch_worth(&t, p));
+    s.flushed_request = ++s.flush_request;
+    g_assert_true(bale_patch_worth(&t, p));
+
+    /* So with the patches of one cluster. */
+    for (unsigned i = 1; i < BALE_PATCHES_PER_CLUSTER_MAX - 1; i++) {
+        note_and_add(&t, 1);
+    }
+    bale_patch_drop(&t, bale_patch_find(&t, 1), true);
+    g_assert_true(bale_patch_worth(&t, bale_patch_find(&t, 1)));
+    note_and_add(&t, 1);
+    g_assert_false(bale_patch_worth(&t, bale_patch_find(&t, 1)));
+    s.flushed_request = ++s.flush_request;
+    g_assert_true(bale_patch_worth(&t, bale_patch_find(&t, 1)));
+    bale_patch_table_destroy(&t);
+    pthread_mutex_destroy(&s.log_lock);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -472,5 +621,8 @@ int main(int argc, char **argv)
     g_test_add_func("/patch/compaction", test_compaction);
     g_test_add_func("/patch/damage", test_damage);
     g_test_add_func("/patch/many", test_many);
+    g_test_add_func("/patch/last-piece", test_last_piece);
+    g_test_add_func("/patch/batches", test_batches);
+    g_test_add_func("/patch/caps", test_caps);
     return g_test_run();
 }

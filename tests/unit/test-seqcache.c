@@ -447,6 +447,31 @@ static void test_held_clusters_are_not_offered(void)
     done(sc, next_finished(sc, 0), true);
 }
 
+static void test_finished_can_be_listed(void)
+{
+    g_autoptr(BaleSeqcache) sc = cache_new(8, 1);
+    uint64_t offset, offsets[4];
+    size_t bytes;
+
+    g_assert_false(bale_seqcache_peek_finished(sc, &offset, &bytes));
+    g_assert_cmpuint(bale_seqcache_list_finished(sc, offsets, 4), ==, 0);
+    put(sc, 3 * CLUSTER, 10, 1);
+    put(sc, 0, CLUSTER, 1);
+    put(sc, 1 * CLUSTER, 20, 1);
+    put(sc, 2 * CLUSTER, 10, 1);
+    /* The last one is open. */
+    g_assert_true(bale_seqcache_peek_finished(sc, &offset, &bytes));
+    g_assert_cmpuint(bale_seqcache_list_finished(sc, offsets, 4), ==, 3);
+    g_assert_cmpuint(offset, ==, offsets[0]);
+    g_assert_cmpuint(bytes, ==, offset ? 10 : CLUSTER);
+    bale_seqcache_hold(sc, offset, 1);
+    g_assert_true(bale_seqcache_peek_finished(sc, &offset, &bytes));
+    g_assert_cmpuint(offset, ==, offsets[1]);
+    g_assert_cmpuint(bale_seqcache_list_finished(sc, offsets, 1), ==, 1);
+    g_assert_cmpuint(offset, ==, offsets[0]);
+    done(sc, next_finished(sc, offset), true);
+}
+
 static void test_complete_neighbours_can_be_had(void)
 {
     g_autoptr(BaleSeqcache) sc = cache_new(8, 1);
@@ -991,6 +1016,7 @@ int main(int argc, char **argv)
     ADD(discard_drops_bytes);
     ADD(discarded_bytes_in_write_out_do_not_come_back);
     ADD(held_clusters_are_not_offered);
+    ADD(finished_can_be_listed);
     ADD(complete_neighbours_can_be_had);
     ADD(flush_covers_what_came_before);
     ADD(age);
