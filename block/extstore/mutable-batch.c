@@ -208,19 +208,15 @@ static bool batch_merge(BaleMutableBatch *b, const BatchPart *part)
 {
     BaleMutable *m = b->m;
     uint32_t cluster_size = m->image->store->cluster_size;
-    uint64_t begin = part->cluster << m->image->store->cluster_bits, n;
+    uint64_t begin = part->cluster << m->image->store->cluster_bits;
+    size_t run;
     bool current;
 
     pthread_mutex_lock(&m->lock);
     current = part_current(b, part);
-    for (uint32_t at = 0; current && at < cluster_size; at += n) {
-        size_t run;
-
-        if (bale_seqcache_lookup(m->cache, begin + at, cluster_size - at,
-                                 &n)) {
-            bale_seqcache_read_buf(m->cache, begin + at, n, b->data + at,
-                                   &run);
-        }
+    for (uint32_t at = 0; current && at < cluster_size; at += run) {
+        bale_seqcache_read_buf(m->cache, begin + at, cluster_size - at,
+                               b->data + at, &run);
     }
     pthread_mutex_unlock(&m->lock);
     return current;
@@ -270,21 +266,16 @@ static void batch_end(BaleMutableBatch *b)
 static bool batch_look(BaleMutableBatch *b)
 {
     BaleMutable *m = b->m;
-    uint32_t cluster_size = m->image->store->cluster_size;
-    uint64_t run = 0;
+    bool complete;
 
     pthread_mutex_lock(&m->lock);
     while (b->next < b->n && !part_current(b, &b->parts[b->next])) {
         b->parts[b->next++].seq = SEQ_NONE;
     }
-    if (b->next < b->n &&
-        !bale_seqcache_lookup(m->cache,
-                              b->parts[b->next].cluster * cluster_size,
-                              cluster_size, &run)) {
-        run = 0;
-    }
+    complete = b->next < b->n &&
+               bale_mutable_complete(m, b->parts[b->next].cluster);
     pthread_mutex_unlock(&m->lock);
-    return run == cluster_size;
+    return complete;
 }
 
 /* What is stored of the next part is there, or cannot be had. */

@@ -57,6 +57,9 @@ BaleMutableOut *bale_mutable_out_new(BaleMutable *m, BaleSeqcacheOut *out);
 /* The cluster is in the index, or failed to be.  @o's store may go then. */
 void bale_mutable_out_end(BaleMutableOut *o, int ret);
 
+/* Is all of @cluster in the region?  Under the lock. */
+bool bale_mutable_complete(BaleMutable *m, uint64_t cluster);
+
 /* Begin what is due.  Not under the lock. */
 void bale_mutable_kick(BaleMutable *m);
 

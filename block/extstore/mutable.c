@@ -305,6 +305,16 @@ static void mutable_out_start(BaleMutableOut *o)
 
 /* --- what a flush wants --- */
 
+bool bale_mutable_complete(BaleMutable *m, uint64_t cluster)
+{
+    BaleStore *s = m->image->store;
+    uint64_t run;
+
+    return bale_seqcache_lookup(m->cache, cluster << s->cluster_bits,
+                                s->cluster_size, &run) &&
+           run == s->cluster_size;
+}
+
 /* The newest number that a flush waits for, or 0.  Under the lock. */
 static uint64_t mutable_wanted(BaleMutable *m, bool write_out)
 {
@@ -333,7 +343,7 @@ static BalePatched *mutable_due(BaleMutable *m, bool patches)
     }
     for (GList *l = m->patched.unsaved.head; l; l = l->next) {
         BalePatched *p = l->data;
-        uint64_t begin = p->cluster << s->cluster_bits, run;
+        uint64_t begin = p->cluster << s->cluster_bits;
         bool worth;
 
         if (p->unsaved.seq > wanted) {
@@ -344,8 +354,7 @@ static BalePatched *mutable_due(BaleMutable *m, bool patches)
         }
         /* A complete cluster goes the way of a whole one anyhow. */
         worth = !paused &&
-                (bale_seqcache_lookup(m->cache, begin, s->cluster_size,
-                                      &run) && run == s->cluster_size
+                (bale_mutable_complete(m, p->cluster)
                      ? bale_patch_worth_last(&m->patched, p)
                      : bale_patch_worth(&m->patched, p));
         if (worth == patches) {

@@ -224,11 +224,11 @@ static void op_read_fetched(BaleClusterOp *op)
 {
     BaleRequest *req = op->req;
     BaleStore *s = req->image->store;
+    uint64_t own = req->kind == REQUEST_READ; /* only these are counted */
 
-    if ((req->kind == REQUEST_READ || req->in_place) && req->n == 1 &&
+    if ((own || req->in_place) && req->n == 1 &&
         s->cluster_size <= INLINE_CLUSTER_MAX &&
-        __atomic_load_n(&s->reads_in_flight, __ATOMIC_RELAXED) ==
-            (req->kind == REQUEST_READ) &&
+        __atomic_load_n(&s->reads_in_flight, __ATOMIC_RELAXED) == own &&
         !__atomic_exchange_n(&s->inline_busy, 1, __ATOMIC_ACQUIRE)) {
         int ret = op_unpack(op, &s->inline_context);
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 
-from bale_iotests import qemu_img, qemu_io, run
+from bale_iotests import bale, qemu_img, qemu_io, run
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BALE_DRIVER = 'driver=bale,file.filename='
@@ -83,6 +83,14 @@ def check_killed(path):
     result = qemu_img('check', '-q', '-f', 'bale', path, check=None)
     if result.status not in (0, 3):
         raise AssertionError(f'damage after a kill: {result}')
+
+
+def verify_store(path, killed=False):
+    """The command bale finds nothing either, but what check_killed() allows."""
+    result = bale('check', path)
+    if result.status not in ((0, 3) if killed else (0,)):
+        raise AssertionError(f'bale check finds something: {result}')
+    bale('verify', path, check=0)
 
 
 def compare(one, other, *args):

@@ -8,7 +8,7 @@ node or by the file's name, with concurrent requests, closed in any order.
 import os
 
 import bale_iotests
-from bale_images import MIB
+from bale_images import MIB, verify_store
 from bale_iotests import bale, run
 from bale_qmp import Qemu
 
@@ -69,12 +69,6 @@ class Base(bale_iotests.TestCase):
         self.assertEqual(result.status, 0, result)
         self.assertNotIn('failed', result.out, result)
 
-    def verify(self, killed=False):
-        # After a kill: a page that the next session gives back
-        good = (0, 3) if killed else (0,)
-        self.assertIn(bale('check', 'x.bale').status, good)
-        bale('verify', 'x.bale', check=0)
-
     def both_at_once(self, *pairs):
         """Several qemu-io, each with a URL and its commands, together."""
         started = []
@@ -113,7 +107,7 @@ class NodesTest(Base):
                 self.assertEqual(qemu.command('query-named-block-nodes'), [])
             self.expect('a', 'read -P 3 4k 4k', 'read -P 1 8k 8184k')
             self.expect('b', 'read -P 2 0 8k', 'read -P 4 8k 4k')
-            self.verify()
+            verify_store('x.bale')
 
     def test_two_images_by_name_of_the_file(self):
         """The first node goes first: its file stays for the other one."""
@@ -144,7 +138,7 @@ class NodesTest(Base):
             self.expect('a', 'read -P 1 0 2M', 'read -P 5 3M 1M')
             self.expect('b', 'read -P 2 0 1M', 'read -P 3 1M 64k')
             self.expect('c', 'read -P 6 3M 1M')
-            self.verify()
+            verify_store('x.bale')
 
     def test_same_image_twice(self):
         for program in PROGRAMS:
@@ -256,7 +250,7 @@ class NodesTest(Base):
                 self.delete(qemu, 'a', 'store0')
             self.expect('a', 'read -P 1 0 1M', 'read -P 4 2M 1M')
             self.expect('b', 'read -P 2 0 1M', 'read -P 3 1M 1M')
-            self.verify()
+            verify_store('x.bale')
 
     def test_writer_after_reader(self):
         """The reader's file node cannot be written to: both take the new."""
@@ -277,7 +271,7 @@ class NodesTest(Base):
                                 ['read-only'])
                 self.delete(qemu, 'c')
             self.expect('b', 'read -P 2 0 1M')
-            self.verify()
+            verify_store('x.bale')
 
     def test_reader_that_the_user_owns_is_refused(self):
         self.store('a', 'b')
@@ -335,7 +329,7 @@ class NodesTest(Base):
             self.expect('top', 'read -P 4 0 100k', 'read -P 7 100k 1k',
                         'read -P 5 1M 1M', 'read -P 6 2M 512k')
             self.expect('base', 'read -P 5 1M 1M')
-            self.verify()
+            verify_store('x.bale')
 
     def test_iothread(self):
         """The nodes of a store go to one thread together."""
@@ -373,7 +367,7 @@ class NodesTest(Base):
         self.expect('a', 'read -P 3 4k 4k', 'read -P 1 8k 8184k')
         self.expect('b', 'read -P 2 0 8k', 'read -P 4 8k 4k')
         self.expect('c', 'read -P 9 0 1k', 'read -P 8 1k 1k')
-        self.verify()
+        verify_store('x.bale')
 
     def test_failed_store_is_told_for_each_node(self):
         self.store('a', 'b')
@@ -422,7 +416,7 @@ class NodesTest(Base):
             qemu.command('bale-image-delete', node_name='c', image='a')
             self.assertEqual([i['name'] for i in qemu.command(
                 'bale-image-list', node_name='c')], ['c'])
-        self.verify()
+        verify_store('x.bale')
 
     def test_killed_with_both_open(self):
         self.store('a', 'b')
@@ -435,7 +429,7 @@ class NodesTest(Base):
             qemu.process.kill()
         self.expect('a', 'read -P 3 5000 100', 'read -P 1 1M 3M')
         self.expect('b', 'read -P 4 6000 100', 'read -P 2 1M 3M')
-        self.verify(killed=True)
+        verify_store('x.bale', killed=True)
 
     def test_handed_over_and_back(self):
         """A migration that is cancelled: all nodes inactive, then active."""
@@ -466,7 +460,7 @@ class NodesTest(Base):
         for image, byte in (('a', 1), ('b', 2)):
             self.expect(image, f'read -P {byte} 0 1M', 'read -P 7 2M 1M',
                         'read -P 8 3M 1M')
-        self.verify()
+        verify_store('x.bale')
 
 
 if __name__ == '__main__':
